@@ -29,10 +29,12 @@ TARGETS = ("latent", "token", "root", "joint")
 CONTEXTS = ("element", "cousins", "all")
 RESTARTS = 64             # of k-means, the best one counts
 TRIALS = 4                # candidates for each new centre of a k-means++ start
+STARTS = 16               # of the joint clustering
+ROUNDS = 30               # of either at most, if labels still change
 CHUNK_TOKENS = 2**18      # tokens counted at a time, so that the index arithmetic stays in the cache
 DENSE_TUPLES = 2**22      # up to this v^s a tuple's number is one look-up, above it a binary search
 TEST_STRINGS = 4096       # fresh strings that the score is taken on
-SETTINGS = {"restarts": RESTARTS, "trials": TRIALS, "test_strings": TEST_STRINGS}
+SETTINGS = {"restarts": RESTARTS, "trials": TRIALS, "starts": STARTS, "rounds": ROUNDS, "test_strings": TEST_STRINGS}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,11 +128,11 @@ def contexts(tables):
 # step 3: the clusterer
 
 
-def kmeans(X, k, random, restarts=RESTARTS, rounds=100):
+def kmeans(X, k, random, restarts):
     """Lloyd's algorithm from greedy k-means++ starts, all restarts at once.
 
-    X: (n, d) float tensor; random: a CPU torch.Generator. Returns (labels, inertia): (n,) int64 in 0..k-1 and the
-    summed squared distance to the centres, of the best restart. At most n clusters are made."""
+    X: (n, d) float tensor; random: a CPU torch.Generator. Returns (labels, inertia), best restart first: (restarts, n)
+    int64 in 0..k-1, and (restarts,) the summed squared distances to the centres. At most n clusters are made."""
     n, k = len(X), min(k, len(X))
     X = X - X.mean(0)  # |x|^2 - 2 x.c + |c|^2 loses no digits around 0
     size = (X**2).sum(1)
@@ -150,7 +152,7 @@ def kmeans(X, k, random, restarts=RESTARTS, rounds=100):
         centers = torch.cat([centers, new[rows, best][:, None]], 1)
         nearest = left[rows, :, best]
     labels = None
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         distance, new_labels = distances(centers).min(2)
         if labels is not None and torch.equal(labels, new_labels):
             break
@@ -158,32 +160,34 @@ def kmeans(X, k, random, restarts=RESTARTS, rounds=100):
         member = torch.nn.functional.one_hot(labels, k).to(X)  # (restarts, n, k)
         members = member.sum(1)[:, :, None]
         centers = torch.where(members > 0, member.mT @ X / members.clamp(min=1), centers)
-    inertia = distance.sum(1)
-    best = inertia.argmin()
-    return labels[best], inertia[best].item()
+    inertia, order = distance.sum(1).sort()
+    return labels[order], inertia
 
 
-def cluster_pairs(tables, v, random, rounds=20):
+def cluster_pairs(tables, v, random):
     """The joint target: group the tuples by their (blocks, K, K) tables of cousin pairs, from both sides.
 
-    The parents of cousins fill v m of v^2 cells, so that the tables, in blocks of synonyms, have a contrast of order
-    one: first the v-1 leading directions of the normalised residuals and k-means, then relabel each tuple by the
-    likelihood of its cousins' own current labels until nothing changes. Returns (K,) int64 labels."""
+    The parents of cousins fill v m of v^2 cells, so the tables, in blocks of synonyms, have a contrast of order one.
+    Start from k-means in the v-1 leading directions of the normalised residuals; then relabel each tuple by the
+    likelihood of its cousins' own current labels until nothing changes. Of several starts the one counts whose labels
+    tell most about a cousin's label, and so have the largest likelihood. Returns (K,) int64 labels."""
     tables = tables.float()
     expected = tables.sum(2, keepdim=True) * tables.sum(1, keepdim=True) / tables.sum((1, 2), keepdim=True)
     residual = (tables - expected) / expected.clamp(min=1e-12).sqrt()
     U, S, _ = torch.linalg.svd(residual.permute(1, 0, 2).flatten(1), full_matrices=False)  # (K, K), (K,)
-    labels, _ = kmeans(U[:, : v - 1] * S[: v - 1], v, random)
-    for _ in range(rounds):
-        member = torch.nn.functional.one_hot(labels, v).to(tables)  # (K, v)
-        cousins = tables @ member  # (blocks, K, v): how often a tuple's cousin had each label
-        pairs = member.mT @ cousins + 0.1  # (blocks, v, v)
-        likelihood = cousins @ (pairs / pairs.sum(2, keepdim=True)).log().mT  # (blocks, K, v)
-        new_labels = likelihood.sum(0).argmax(1)
-        if torch.equal(labels, new_labels):
+    X = torch.nn.functional.normalize(U[:, : v - 1] * S[: v - 1])  # the length says how often a tuple came, no more
+    labels, _ = kmeans(X, v, random, STARTS)  # (starts, K)
+    for _ in range(ROUNDS):
+        member = torch.nn.functional.one_hot(labels, v).to(tables)  # (starts, K, v)
+        cousins = torch.einsum("bij,rjv->rbiv", tables, member)  # how often a tuple's cousin had each label
+        pairs = member.mT[:, None] @ cousins + 0.1  # (starts, blocks, v, v)
+        log_odds = (pairs * pairs.sum((2, 3), keepdim=True) / pairs.sum(2, keepdim=True) / pairs.sum(3, keepdim=True)).log()
+        information = (pairs * log_odds).sum((1, 2, 3))  # (starts,) in nats, over all pairs seen
+        relabelled = (cousins @ log_odds.mT).sum(1).argmax(2)
+        if torch.equal(labels, relabelled):
             break
-        labels = new_labels
-    return labels
+        labels = relabelled
+    return labels[information.argmax()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ def fit(x, v, s, target="latent", root=None, context="all", seed=0):
         if target == "joint":
             labels = cluster_pairs(tables, v, random)
         else:
-            labels, _ = kmeans(contexts(tables), v, random)
+            labels = kmeans(contexts(tables), v, random, RESTARTS)[0][0]
         tree.supports.append(support)
         tree.symbols.append(labels.to(torch.int16))
         h = torch.cat([labels.to(torch.uint8)[support.ids(rows)] for rows in chunks(h)])

@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from argparse import ArgumentTypeError
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -108,9 +109,12 @@ def climb(ladder, P, device):
 
 
 def start_worker():
-    """One thread per process, and Ctrl-C ends it at once and silently: finished runs are the parent's business."""
+    """One thread of work per process. Ctrl-C ends it at once and silently, since finished runs are the parent's
+    business, and so does the parent's death, which would leave it waiting for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

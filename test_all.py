@@ -1,0 +1,383 @@
+"""
+Everything against an oracle: brute force, a closed form, or the population limit computed from the rules.
+
+    python -m pytest test_all.py
+"""
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cluster
+import grammar
+import plot
+import sweep
+from grammar import Grammar, accuracy
+
+HERE = Path(__file__).parent
+SIZES = [(8, 2, 4, 3), (5, 3, 7, 3), (3, 2, 3, 4), (256, 4, 5, 2), (256, 2, 256, 2)]  # v s m L, f = 1 among them
+torch.set_num_threads(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# grammar.py
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rules_are_distinct_and_complete(size):
+    v, s, m, L = size
+    g = Grammar.random(*size, seed=1)
+    assert len(g.rules) == L
+    for rules in g.rules:
+        assert rules.shape == (v, m, s) and int(rules.max()) < v
+        assert len(set(map(tuple, rules.reshape(-1, s).tolist()))) == v * m  # no tuple has two parents
+
+
+def test_rules_are_uniform_over_tuples():
+    used = torch.zeros(9)
+    for seed in range(2000):  # v m = 3 of v^s = 9 tuples, in every order: each is a rule of symbol 0 with chance 1/9
+        a, b = Grammar.random(3, 2, 1, 2, seed).rules[0][0, 0].tolist()
+        used[3 * a + b] += 1
+    assert (used - 2000 / 9).abs().max() < 5 * (2000 / 9) ** 0.5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parse_inverts_sample(size):
+    g = Grammar.random(*size, seed=2)
+    levels = g.sample(3000, seed=3)
+    assert [h.shape for h in levels] == [(3000, g.s ** (g.L - l)) for l in range(g.L + 1)]
+    assert all(h.dtype == torch.uint8 for h in levels)
+    assert all(map(torch.equal, g.parse(levels[0]), levels))
+    assert all(torch.equal(a, b[:10]) for a, b in zip(g.sample(10, seed=3), levels))  # samples are nested
+    assert not torch.equal(g.sample(3000, seed=4)[0], levels[0])
+
+
+def test_parse_names_what_it_cannot_explain():
+    g = Grammar.random(4, 2, 2, 3, seed=0)
+    x = g.sample(5, 0)[0].clone()
+    valid = set(map(tuple, g.rules[0].reshape(-1, 2).tolist()))
+    x[3, 4:6] = torch.tensor(next(t for t in itertools.product(range(4), repeat=2) if t not in valid))
+    with pytest.raises(ValueError, match="string 3, level 0, position 4"):
+        g.parse(x)
+    x[2, 1] = 4
+    with pytest.raises(ValueError, match="string 2, level 0, position 1"):
+        g.parse(x)
+    with pytest.raises(ValueError, match="shape"):
+        g.parse(x[:, :7])
+
+
+@pytest.mark.parametrize("size", [(8, 2, 4, 4), (6, 3, 20, 3)])  # two levels and one level per look-up
+def test_marginals_match_the_population(size):
+    g, P = Grammar.random(*size, seed=5), 40000
+    levels = g.sample(P, seed=6)
+    for l, h in enumerate(levels):
+        for n in range(h.shape[1]):
+            p = g.marginal(l, n).numpy()
+            seen = np.bincount(h[:, n], minlength=g.v) / P
+            assert np.all(np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / P) + 1e-12)
+
+
+def every_string(g):
+    """All derivations of a tiny grammar, level by level as in sample, each equally likely."""
+    levels = [torch.arange(g.v)[:, None]]
+    for rules in reversed(g.rules):
+        h = levels[0]
+        picks = torch.tensor(list(itertools.product(range(g.m), repeat=h.shape[1])))
+        levels = [a.repeat_interleave(len(picks), 0) for a in levels]
+        levels.insert(0, rules.long()[levels[0], picks.repeat(len(h), 1)].flatten(1))
+    return levels
+
+
+def test_context_equals_brute_force_and_synonyms_share_it():
+    g = Grammar.random(3, 2, 2, 3, seed=1)
+    levels = every_string(g)
+    for l, t, target_level, n in [(0, 0, 0, 2), (0, 0, 0, 3), (0, 1, 0, 0), (0, 3, 0, 4), (0, 2, 0, 0), (1, 0, 1, 2),
+                                  (1, 0, 0, 5), (1, 1, 0, 0), (0, 2, 3, 0), (1, 1, 3, 0), (0, 1, 2, 0), (0, 0, 2, 1)]:
+        tuples = levels[l].unflatten(1, (-1, g.s))[:, t]
+        for a in range(g.v):
+            for rule in g.rules[l][a]:  # every tuple on its own: the m synonyms must agree
+                rows = (tuples == rule).all(1)
+                seen = torch.bincount(levels[target_level][rows, n], minlength=g.v) / max(1, int(rows.sum()))
+                assert torch.allclose(seen.double(), g.context(l, t, target_level, n)[a])
+    with pytest.raises(ValueError, match="within"):
+        g.context(1, 0, 0, 3)
+
+
+@pytest.mark.parametrize("target, target_level, n", [("latent", 1, 2), ("token", 0, 4), ("root", 3, 0)])
+def test_empirical_contexts_converge_at_the_root_rate(target, target_level, n):
+    g = Grammar.random(8, 2, 3, 3, seed=7)
+    parent = g.context(1, 0, target_level, n)
+    error = []
+    for P in (2000, 32000):
+        levels = g.sample(P, seed=8)
+        h, tuples = levels[1], levels[1].unflatten(1, (-1, 2))
+        support = cluster.Support(h, g.v, g.s)
+        root = levels[3][:, 0] if target == "root" else None
+        tables = cluster.count(h, support, target, "cousins", g.v, levels[0], root)
+        block = {"latent": 0, "token": 0, "root": 0}[target]
+        phi = cluster.contexts(tables[block][None])
+        truth = torch.zeros(len(support.codes), g.v, dtype=torch.float64)
+        truth[support.ids(h)[:, 0]] = parent[levels[2][:, 0].long()]
+        error.append((phi - truth).square().mean().sqrt().item() * P**0.5)
+    assert 0.6 < error[1] / error[0] < 1.6  # sixteen times the samples, a quarter of the error
+
+
+def test_sampler_does_not_depend_on_the_table_size(monkeypatch):
+    g, P = Grammar.random(4, 2, 2, 4, seed=9), 50000
+    one = g.sample(P, 0)[0]
+    monkeypatch.setattr(grammar, "TABLE_BYTES", 0)  # one level per look-up
+    two = g.sample(P, 0)[0]
+    assert (np.bincount(one[:, 5], minlength=4) - np.bincount(two[:, 5], minlength=4)).__abs__().max() < 5 * P**0.5
+    assert all(map(torch.equal, g.parse(two)[:1], [two]))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 3), (5, 5), (6, 6), (6, 4), (3, 6)])
+def test_matching_equals_brute_force(rows, columns):
+    random = np.random.default_rng(rows * 10 + columns)
+    for _ in range(30):
+        table = random.integers(0, 9, (rows, columns))
+        small, large = (table, table.T)[:: 1 if rows <= columns else -1][0], max(rows, columns)
+        best = max(sum(small[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(large), len(small)))
+        assert grammar.best_matching(table).sum() == best
+
+
+def test_accuracy():
+    truth = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    assert accuracy((truth + 1) % 3, truth, 3) == 1  # names of clusters don't matter
+    assert accuracy(torch.tensor([[7, 1, -1], [2, 1, 7]]), truth, 3) == pytest.approx(5 / 6)  # unknown is wrong
+    assert accuracy(torch.full((2, 3), -1), truth, 3) == 0
+    with pytest.raises(ValueError, match="shapes"):
+        accuracy(truth[:1], truth, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cluster.py
+
+
+@pytest.mark.parametrize("target", cluster.TARGETS)
+@pytest.mark.parametrize("context", cluster.CONTEXTS)
+def test_count_equals_a_loop(target, context, monkeypatch):
+    monkeypatch.setattr(cluster, "CHUNK_TOKENS", 64)  # several chunks
+    g, s, l = Grammar.random(3, 3, 4, 3, seed=0), 3, 1
+    levels = g.sample(30, seed=0)
+    x, h, root = levels[0], levels[l], levels[-1][:, 0]
+    support = cluster.Support(h, g.v, s)
+    K, ids = len(support.codes), support.ids(h)
+    loop = {}
+    for p, t in itertools.product(range(len(h)), range(ids.shape[1])):  # every tuple of every string
+        i, cousins = t % s, [t - t % s + j for j in range(s) if j != t % s]
+        if target == "root":
+            seen = [root[p]]
+            i = t
+        elif target == "joint":
+            seen = [ids[p, j] for j in cousins]
+        else:
+            below, width = (h, s) if target == "latent" else (x, s ** (l + 1))
+            seen = [below[p, j * width + k] for j in cousins for k in range(width)]
+        if context != "all" and t > 0:
+            continue
+        for k, symbol in enumerate(seen[:1] if context == "element" else seen):
+            key = (i, k, int(ids[p, t]), int(symbol))
+            loop[key] = loop.get(key, 0) + 1
+    tables = cluster.count(h, support, target, context, g.v, x, root)
+    per_position = len({key[1] for key in loop})
+    assert tables.sum() == sum(loop.values()) and tables.shape[1] == K
+    assert all(tables[i * per_position + k, a, b] == n for (i, k, a, b), n in loop.items())
+
+
+@pytest.mark.parametrize("v, s, m, seed", [(8, 2, 3, 0), (8, 2, 4, 1), (4, 3, 4, 2)])
+@pytest.mark.parametrize("target", cluster.TARGETS)
+def test_every_target_recovers_every_level(v, s, m, seed, target):
+    g = Grammar.random(v, s, m, 3, seed)
+    score, collapsed = cluster.recover(g, 60000, seed, target)
+    assert score == [1, 1] and collapsed == [False, False]
+
+
+def test_token_fails_where_latent_succeeds():
+    g = Grammar.random(8, 2, 4, 4, seed=3)
+    assert min(cluster.recover(g, 4096, 3, "latent")[0]) > 0.99
+    assert cluster.recover(g, 4096, 3, "token")[0][-1] < 0.75
+
+
+def test_scrambled_strings_teach_nothing():
+    g = Grammar.random(8, 2, 4, 3, seed=0)
+    x, truth = g.sample(20000, 0)[0], g.sample(4096, (0, 1))
+    mixed = x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))].view_as(x)
+    assert accuracy(cluster.fit(x, 8, 2).label(truth[0])[1], truth[1], 8) == 1
+    assert accuracy(cluster.fit(mixed, 8, 2).label(truth[0])[1], truth[1], 8) < 0.6  # the best of 8! matchings of noise
+
+
+def test_unseen_tuples_are_unknown_and_so_is_all_above(monkeypatch):
+    g = Grammar.random(8, 2, 4, 3, seed=0)
+    x, fresh = g.sample(12, 0)[0], g.sample(500, 1)[0]
+    tree = cluster.fit(x, 8, 2)
+    seen = set(map(tuple, x.reshape(-1, 2).tolist()))
+    known = torch.tensor([[tuple(t) in seen for t in row] for row in fresh.unflatten(1, (-1, 2)).tolist()])
+    levels = tree.label(fresh)
+    assert torch.equal(levels[1] >= 0, known) and not known.all()
+    assert (levels[2][~known.unflatten(1, (-1, 2)).all(2)] == -1).all()
+    monkeypatch.setattr(cluster, "DENSE_TUPLES", 0)  # a binary search numbers the tuples in the same way
+    assert all(map(torch.equal, cluster.fit(x, 8, 2).label(fresh), levels))
+
+
+def test_kmeans_finds_planted_clusters_and_the_best_partition():
+    random = torch.Generator().manual_seed(0)
+    centers = torch.randn(6, 5, generator=random) * 3
+    truth = torch.arange(6).repeat_interleave(20)
+    X = centers[truth] + 0.3 * torch.randn(120, 5, generator=random)
+    labels, inertia = cluster.kmeans(X, 6, random, 8)
+    assert accuracy(labels[0], truth, 6) == 1 and inertia[0] == inertia.min()
+    means = torch.stack([X[truth == a].mean(0) for a in range(6)])
+    assert inertia[0].item() == pytest.approx((X - means[truth]).square().sum().item(), rel=1e-4)
+    X = torch.rand(9, 2, generator=random)  # no structure: against all 3^9 partitions
+    member = torch.nn.functional.one_hot(torch.cartesian_prod(*[torch.arange(3)] * 9), 3).float()  # (3^9, 9, 3)
+    means = member.mT @ X / member.sum(1)[:, :, None].clamp(min=1)
+    best = (X - member @ means).square().sum((1, 2)).min().item()
+    assert cluster.kmeans(X, 3, random, 8)[1][0].item() == pytest.approx(best, rel=1e-4)
+    assert cluster.kmeans(X[:2], 3, random, 8)[0].max() == 1  # fewer points than clusters
+
+
+def test_fit_refuses_bad_input():
+    x = Grammar.random(4, 2, 2, 3, seed=0).sample(10, 0)[0]
+    for arguments in [(x[:, :6], 4, 2), (x[:, :2], 4, 2), (x[:0], 4, 2), (x, 3, 2), (x, 4, 2, "leaf"), (x, 4, 2, "root"),
+                      (x, 4, 2, "latent", None, "most"), (x, 4, 3)]:
+        with pytest.raises(ValueError):
+            cluster.fit(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sweep.py and plot.py
+
+
+def test_crossing_on_a_known_curve():
+    P = [2.0**k for k in range(4, 16)]
+    curve = [1 / (1 + math.exp(-3 * math.log2(p / 300))) for p in P]  # a logistic curve in log P: 0.5 at P = 300
+    star, sign = sweep.crossing(P, curve, 0.5)
+    assert sign == 0 and star == pytest.approx(300, rel=0.05)
+    assert sweep.crossing([8, 16, 32], [0.1, 0.4, 0.6], 0.5)[0] == pytest.approx(16 * 2**0.5)
+    assert sweep.crossing([8, 16, 32, 64], [0.1, 0.9, 0.1, 0.9], 0.5)[0] == pytest.approx(32 * 2**0.5)  # the last time
+    assert sweep.crossing([8, 16], [0.1, 0.4], 0.5) == (16, 1) and sweep.crossing([8, 16], [0.6, 0.4], 0.5) == (16, 1)
+    assert sweep.crossing([8, 16], [0.6, 0.7], 0.5) == (8, -1)
+
+
+def test_summary_of_known_ladders():
+    runs = {}
+    for L, seed in itertools.product((3, 4, 5), range(4)):  # P* exactly 100 * 3^L, and one method that never gets there
+        star = 100 * 3.0**L
+        runs[sweep.Ladder("cluster-token", 8, 2, 3, L, seed)] = {star / 2: [0.0] * L, star * 2: [1.0] * L}
+        runs[sweep.Ladder("cluster", 8, 2, 3, L, seed)] = {64: [0.2], 128: [0.3] if seed else [0.9]}
+    rows, text = sweep.summarise(runs)
+    assert [row[5] for row in rows] == ["> 128"] * 3 + ["2700", "8100", "24300"]
+    assert [row[11] for row in rows] == [3, 3, 3, 0, 0, 0]
+    assert "3.00 [3.00, 3.00], L = 3..5 | m = 3" in text and "> 128 (3 of 4 seeds)" in text
+    slope = sweep.fit({np.log(m): [5.0 * m**2, 5.0 * m**2] for m in (2, 4, 8)})
+    assert slope == pytest.approx((2, 2, 2))
+
+
+def test_ladder_ends_after_two_recovered_rungs():
+    ladder = sweep.Ladder("cluster", 8, 2, 4, 3, 0)
+    assert sweep.next_rung(ladder, {}, 1000) == 8
+    runs = {8: [0.2, 0.1], 16: [0.9, 0.95], 32: [0.9, 0.9], 64: [1, 0.96]}
+    assert sweep.next_rung(ladder, runs, 1000) == 128 and sweep.next_rung(ladder, runs, 127) is None
+    assert sweep.next_rung(ladder, runs | {128: [1, 1]}, 1000) is None
+
+
+SMALL = ["--depth", "2,3", "--seeds", "2", "--methods", "cluster,cluster-root", "--max-samples", "4096", "--device", "cpu"]
+
+
+def run_sweep(out, **arguments):
+    command = [sys.executable, "sweep.py", *SMALL, "--out", str(out)]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **arguments)
+
+
+def without_seconds(out):
+    with open(out / "runs.csv", newline="") as file:
+        return [{k: x for k, x in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_killed_and_resumed_sweep_gives_the_same_bytes(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    straight, broken = run_sweep(whole), run_sweep(killed)
+    while broken.poll() is None and not (killed / "runs.csv").exists() or (killed / "runs.csv").stat().st_size < 500:
+        time.sleep(0.02)
+    broken.kill()
+    broken.communicate()
+    assert straight.communicate() and straight.returncode == 0
+    with open(killed / "runs.csv", "a") as file:
+        file.write("cluster,8,2,4,3,64,1,1,0.5")  # as if killed while writing
+    before = (killed / "runs.csv").read_text().splitlines()
+    resumed = run_sweep(killed)
+    out, _ = resumed.communicate()
+    assert resumed.returncode == 0 and "growth per level" in out
+    assert set(before[:-1]) <= set((killed / "runs.csv").read_text().splitlines())  # finished runs were not done again
+    assert without_seconds(whole) == without_seconds(killed)
+    for name in ("samples_vs_depth.csv", "samples_vs_depth.md", "settings.json", "samples_vs_depth.png"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    for folder in (whole, killed):
+        assert not list(folder.glob("*.part"))
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script, arguments, flag", [
+    ("sweep", "--m 9", "--m"), ("sweep", "--m 0", "--m"), ("sweep", "--m 4..x", "--m"), ("sweep", "--depth 1..3", "--depth"),
+    ("sweep", "--depth 6..2", "--depth"), ("sweep", "--depth 2..4..6", "--depth"), ("sweep", "--depth 40", "--depth"),
+    ("sweep", "--v 1", "--v"), ("sweep", "--v 300", "--v"), ("sweep", "--s 1", "--s"), ("sweep", "--s 62", "--s"),
+    ("sweep", "--seeds 0", "--seeds"), ("sweep", "--max-samples 0", "--max-samples"), ("sweep", "--max-samples 4", "--max"),
+    ("sweep", "--device tpu", "--device"), ("sweep", "--device cuda", "--device"), ("sweep", "--jobs 0", "--jobs"),
+    ("sweep", "--methods cluster,magic", "--methods"), ("sweep", "--out FILE", "--out"), ("sweep", "--seed 3", "--seed"),
+    ("cluster", "--samples 0", "--samples"), ("cluster", "--depth 1", "--depth"), ("cluster", "--m 9", "--m"),
+    ("cluster", "--target leaf", "--target"), ("cluster", "--device tpu", "--device"), ("cluster", "--v two", "--v"),
+    ("grammar", "--m 9", "--m"), ("grammar", "--samples -1", "--samples"), ("grammar", "--save NOWHERE/x.npz", "--save"),
+    ("plot", "NOWHERE", "out"),
+])
+def test_bad_input_gets_one_line(script, arguments, flag, tmp_path, monkeypatch, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("the device is there")
+    (tmp_path / "file").write_text("mine")
+    arguments = arguments.replace("FILE", str(tmp_path / "file")).replace("NOWHERE", str(tmp_path / "nowhere"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        sys.modules[script].main()
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.err.count("\n") == 1 and flag in said.err and not said.out
+    assert files(tmp_path) == {tmp_path / "file": b"mine"}
+
+
+GOOD = ",".join(sweep.COLUMNS) + "\ncluster,8,2,4,2,8,0,1,0.5,0.001,cpu,0\n"
+MINE = json.dumps({name: sweep.SETTINGS[name] for name in ("sweep", "cluster")})
+
+
+@pytest.mark.parametrize("runs, settings", [
+    ("a,b\n1,2\n", MINE), (GOOD.replace(",collapsed", ""), MINE), (GOOD + "cluster,8,2,4,2,16,0,2,0.5,0.1,cpu,0\n", MINE),
+    (GOOD + "nonsense\n", MINE), (GOOD, None), (GOOD, "{"), (GOOD, '{"sweep": {"rung": 3}}'), ("\x00\xff", MINE), (GOOD, "7"),
+])
+def test_foreign_results_are_refused_and_left_alone(runs, settings, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs.csv").write_bytes(runs.encode("latin-1"))
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    before = files(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *SMALL, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "--out" in said
+    assert files(tmp_path) == before
+
+
+def test_plot_refuses_foreign_files(tmp_path):
+    (tmp_path / "samples_vs_depth.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns"):
+        plot.draw(tmp_path)
