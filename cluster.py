@@ -52,13 +52,13 @@ class Support:
         if v**s <= DENSE_TUPLES:
             seen = torch.zeros(v**s, dtype=torch.bool, device=h.device)
             for rows in chunks(h):
-                seen |= torch.bincount(tuple_codes(rows.unflatten(1, (-1, s)), v).flatten(), minlength=v**s) > 0
+                seen |= torch.bincount(tuple_codes(h[rows].unflatten(1, (-1, s)), v).flatten(), minlength=v**s) > 0
             self.codes = seen.nonzero()[:, 0]
             self.number = torch.full((v**s,), -1, device=h.device)
             self.number[self.codes] = torch.arange(len(self.codes), device=h.device)
         else:
-            self.codes = torch.cat([tuple_codes(rows.unflatten(1, (-1, s)), v).unique() for rows in chunks(h)]).unique()
-            self.number = None
+            found = [tuple_codes(h[rows].unflatten(1, (-1, s)), v).unique() for rows in chunks(h)]
+            self.codes, self.number = torch.cat(found).unique(), None
 
     def ids(self, h):
         """(n, N s) symbols -> (n, N) int64 tuple numbers; -1 where the tuple was not seen or a symbol is negative."""
@@ -73,8 +73,18 @@ class Support:
 
 
 def chunks(h):
-    """Split the rows of h so that a piece has about CHUNK_TOKENS entries."""
-    return h.split(max(1, CHUNK_TOKENS // h.shape[1]))
+    """Slices of the rows of h that hold about CHUNK_TOKENS entries each."""
+    step = max(1, CHUNK_TOKENS // h.shape[1])
+    return [slice(start, start + step) for start in range(0, len(h), step)]
+
+
+def lift(h, support, symbols):
+    """(P, n) level-l symbols -> (P, n/s) level-(l+1) symbols, where symbols[number of a tuple] is its parent. A tuple
+    that was not seen, -1, finds the last entry of symbols."""
+    lifted = symbols.new_empty(len(h), h.shape[1] // support.s)
+    for rows in chunks(h):
+        lifted[rows] = symbols[support.ids(h[rows])]
+    return lifted
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,9 +104,7 @@ def count(h, support, target, context, v, x, root):
     others = torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=h.device)  # (s, s-1) cousins
     symbols = K if target == "joint" else v
     total = 0
-    step = max(1, CHUNK_TOKENS // x.shape[1])
-    for start in range(0, len(h), step):
-        rows = slice(start, start + step)
+    for rows in chunks(x):
         tuples = support.ids(h[rows])  # (p, n/s)
         if target == "root":
             seen = root[rows].long()[:, None, None].expand(-1, tuples.shape[1], 1)  # (p, n/s, 1)
@@ -207,8 +215,7 @@ class Tree:
         A tuple that was not seen in training is -1, and so is all above it."""
         levels = [x]
         for support, symbol in zip(self.supports, self.symbols):
-            symbol = torch.cat([symbol, symbol.new_tensor([-1])])  # number -1, an unseen tuple, finds the last entry
-            levels.append(torch.cat([symbol[support.ids(rows)] for rows in chunks(levels[-1])]))
+            levels.append(lift(levels[-1], support, torch.cat([symbol, symbol.new_tensor([-1])])))
         return levels
 
 
@@ -243,7 +250,7 @@ def fit(x, v, s, target="latent", root=None, context="all", seed=0):
             labels = kmeans(contexts(tables), v, random, RESTARTS)[0][0]
         tree.supports.append(support)
         tree.symbols.append(labels.to(torch.int16))
-        h = torch.cat([labels.to(torch.uint8)[support.ids(rows)] for rows in chunks(h)])
+        h = lift(h, support, labels.to(torch.uint8))
     return tree
 
 

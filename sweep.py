@@ -262,7 +262,7 @@ def summarise(runs):
     text = {tuple(row[:5]): f"{row[5]} [{row[6]}, {row[7]}]" if row[6] else f"{row[5]} ({row[11]} of {row[10]} seeds)"
             for row in rows}
     for group in dict.fromkeys(cell[:4] for cell in cells):
-        usable = {L: known[*group, L] for L in depths if L >= 3 and known.get((*group, L))}
+        usable = {L: known[(*group, L)] for L in depths if L >= 3 and known.get((*group, L))}
         growth = "{:.2f} [{:.2f}, {:.2f}], L = {}..{}".format(*np.exp(fit(usable)), min(usable), max(usable)) \
             if len(usable) > 1 else ""
         theory = METHODS[group[0]].growth if group[0] in METHODS else ""
