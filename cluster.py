@@ -9,11 +9,11 @@ h(0) = x; then from the leaves up, for every level l = 0 .. L-2:
   2. predict: for every tuple, the empirical distribution of a target, given that tuple: its context vector;
   3. cluster the contexts into v groups with k-means: synonyms have the same parent, hence the same context;
   4. a tuple's group is its symbol of level l+1.
-All depends on what is predicted. A target at tree distance d tells of a tuple's parent like m^-d, and so with
+All depends on what is predicted. Every level that lies between a tuple and its target costs a factor of m:
   latent  the symbols of level l in its cousins (tuples under the same grandparent), as just learned: v m^3 strings do
           for every level, since the distance never grows. This is the paper's Algorithm 1;
-  token   the raw tokens under the cousins: 2 levels and l more to go, v m^(l+2), so v m^(L+1) for the last;
-  root    the root label: v m^(L-l), so v m^L for the first level;
+  token   the raw tokens under the cousins, l levels further down: v m^(l+3), and so v m^(L+1) for the last step;
+  root    the root label, L-l levels up: v m^(L-l), and so v m^L for the first step;
   joint   the cousin tuple itself, one of v m: the table of cousin pairs is clustered from both sides, v m^2.
 
 HEADLINE
@@ -54,22 +54,22 @@ class Support:
             for rows in chunks(h):
                 seen |= torch.bincount(tuple_codes(h[rows].unflatten(1, (-1, s)), v).flatten(), minlength=v**s) > 0
             self.codes = seen.nonzero()[:, 0]
-            self.number = torch.full((v**s,), -1, device=h.device)
+            self.number = torch.full((v**s,), len(self.codes), device=h.device)
             self.number[self.codes] = torch.arange(len(self.codes), device=h.device)
         else:
             found = [tuple_codes(h[rows].unflatten(1, (-1, s)), v).unique() for rows in chunks(h)]
             self.codes, self.number = torch.cat(found).unique(), None
 
     def ids(self, h):
-        """(n, N s) symbols -> (n, N) int64 tuple numbers; -1 where the tuple was not seen or a symbol is negative."""
+        """(n, N s) symbols -> (n, N) int64 tuple numbers; K where the tuple was not seen or a symbol is negative."""
         h = h.unflatten(1, (-1, self.s))
         code = tuple_codes(h, self.v)
         if self.number is not None:
-            found = self.number[code.clamp(0, self.v**self.s - 1)]
+            found = self.number.index_select(0, code.flatten().clamp(0, self.v**self.s - 1)).view_as(code)
         else:
             found = torch.searchsorted(self.codes, code).clamp(max=len(self.codes) - 1)
-            found[self.codes[found] != code] = -1
-        return found if h.dtype == torch.uint8 else found.masked_fill((h < 0).any(-1), -1)
+            found[self.codes[found] != code] = len(self.codes)
+        return found if h.dtype == torch.uint8 else found.masked_fill((h < 0).any(-1), len(self.codes))
 
 
 def chunks(h):
@@ -79,11 +79,11 @@ def chunks(h):
 
 
 def lift(h, support, symbols):
-    """(P, n) level-l symbols -> (P, n/s) level-(l+1) symbols, where symbols[number of a tuple] is its parent. A tuple
-    that was not seen, -1, finds the last entry of symbols."""
+    """(P, n) level-l symbols -> (P, n/s) level-(l+1) symbols: symbols[number of a tuple], of symbols' type."""
     lifted = symbols.new_empty(len(h), h.shape[1] // support.s)
     for rows in chunks(h):
-        lifted[rows] = symbols[support.ids(h[rows])]
+        ids = support.ids(h[rows])
+        lifted[rows] = symbols.index_select(0, ids.flatten()).view_as(ids)
     return lifted
 
 
@@ -107,18 +107,21 @@ def count(h, support, target, context, v, x, root):
     for rows in chunks(x):
         tuples = support.ids(h[rows])  # (p, n/s)
         if target == "root":
-            seen = root[rows].long()[:, None, None].expand(-1, tuples.shape[1], 1)  # (p, n/s, 1)
+            seen = root[rows].expand(tuples.shape[1], 1, -1)  # (n/s, 1, p)
         else:
-            beneath = {"latent": h, "token": x}[target][rows] if target != "joint" else tuples
+            beneath = {"latent": h[rows], "token": x[rows], "joint": tuples}[target]  # the prediction target
             tuples = tuples.reshape(-1, s)  # (p n/s^2, s), a row for every grandparent
-            seen = beneath.reshape(len(tuples), s, -1)[:, others].flatten(2)  # (p n/s^2, s, targets)
+            beneath = beneath.reshape(len(tuples), s, -1).permute(1, 2, 0)  # (s, E, p n/s^2), E under each tuple
+            seen = beneath.contiguous()[others].flatten(1, 2)  # (s, (s-1) E, p n/s^2)
+        tuples = tuples.T[:, None]
         if context != "all":
-            tuples, seen = tuples[:, :1], seen[:, :1]  # the first tuple alone
+            tuples, seen = tuples[:1], seen[:1]  # the first tuple alone
         if context == "element":
-            seen = seen[:, :, :1]
-        positions, targets = seen.shape[1:]
-        block = torch.arange(positions * targets, device=h.device).view(positions, targets)
-        cell = (block * K + tuples[:, :, None]) * symbols + seen
+            seen = seen[:, :1]
+        positions, targets, _ = seen.shape
+        block = torch.arange(positions * targets, device=h.device).view(positions, targets, 1)
+        cell = seen.long()
+        cell += tuples * symbols + block * (K * symbols)  # in place, and the longest dimension last: this is the hot loop
         total = total + torch.bincount(cell.flatten(), minlength=positions * targets * K * symbols)
     return total.view(-1, K, symbols)
 
@@ -215,7 +218,7 @@ class Tree:
         A tuple that was not seen in training is -1, and so is all above it."""
         levels = [x]
         for support, symbol in zip(self.supports, self.symbols):
-            levels.append(lift(levels[-1], support, torch.cat([symbol, symbol.new_tensor([-1])])))
+            levels.append(lift(levels[-1], support, torch.cat([symbol, symbol.new_tensor([-1])])))  # entry K: unseen
         return levels
 
 

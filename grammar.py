@@ -205,9 +205,9 @@ def generator(stream, seed):
 
 def tuple_codes(tuples, v):
     """(..., s) integer tensor of tuples -> (...) int64, the number that the tuple spells in base v."""
-    code = tuples[..., 0].long()
+    code = tuples[..., 0].to(torch.int64, copy=True)
     for k in range(1, tuples.shape[-1]):
-        code = code * v + tuples[..., k]
+        code.mul_(v).add_(tuples[..., k].long())
     return code
 
 

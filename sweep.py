@@ -230,64 +230,73 @@ def mean_and_interval(stars):
     return float(np.exp(logs.mean())), float(low), float(high), 0
 
 
-def fit(cells):
+def fit(points):
     """{x: [P* of every seed]} -> (slope, low, high) of log P* against x, the interval from resampling the seeds."""
-    x = np.array(sorted(cells), float)
+    x = np.array(sorted(points), float)
     rng = np.random.default_rng(0)
-    resampled = np.stack([rng.choice(np.log(cells[k]), size=(BOOTSTRAP, len(cells[k]))).mean(1) for k in sorted(cells)])
-    exact = np.array([np.mean(np.log(cells[k])) for k in sorted(cells)])
-    slope = np.concatenate([exact[:, None], resampled], 1).T @ (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    y = [np.log(points[k]) for k in sorted(points)]
+    means = np.stack([np.append(a.mean(), rng.choice(a, size=(BOOTSTRAP, len(a))).mean(1)) for a in y])
+    slope = (x - x.mean()) @ means / ((x - x.mean()) ** 2).sum()  # the first is the data's own
     return slope[0], *np.percentile(slope[1:], [2.5, 97.5])
 
 
 def summarise(runs):
     """{Ladder: {P: accuracies}} -> the rows of samples_vs_depth.csv, and the text of samples_vs_depth.md."""
     order = {name: i for i, name in enumerate(METHODS)}
-    cells = {}  # (method, v, s, m, L) -> (P50, P90) of every seed
+    stars = {}  # (method, v, s, m, L) -> the P50 and the P90 of every seed
     for ladder in sorted(runs, key=lambda a: (a.v, a.s, order.get(a.method, 99), *a)):
-        P, top = zip(*sorted((P, a[-1]) for P, a in runs[ladder].items()))
-        cells.setdefault(ladder[:5], []).append([crossing(P, top, threshold) for threshold in (0.5, 0.9)])
-    rows, known = [], {}
-    for cell, seeds in cells.items():
+        P, top = zip(*sorted((P, accuracy[-1]) for P, accuracy in runs[ladder].items()))
+        stars.setdefault(ladder[:5], []).append([crossing(P, top, threshold) for threshold in (0.5, 0.9)])
+    rows, cells, known = [], {}, {}
+    for key, seeds in stars.items():
         P50, low, high, censored = mean_and_interval([P50 for P50, _ in seeds])
         P90 = mean_and_interval([P90 for _, P90 in seeds])[0]
-        over = P50 / (cell[1] * cell[3] ** 3) if low else None
-        rows.append([*cell, *map(show, (P50, low, high, P90)), f"{over:.4g}" if low else "", len(seeds), censored])
-        known[cell] = [P50[0] for P50, _ in seeds] if not censored else None
+        over_vm3 = "" if low is None else f"{P50 / (key[1] * key[3] ** 3):.4g}"
+        rows.append([*key, *map(show, (P50, low, high, P90)), over_vm3, len(seeds), censored])
+        if censored:
+            cells[key] = f"{P50} ({censored} of {len(seeds)} seeds)"
+        else:
+            cells[key] = f"{P50:.0f} [{low:.0f}, {high:.0f}]"
+            known[key] = [P for (P, _), _ in seeds]
+    text = "Samples P* at which level L-1 is recovered (accuracy 0.5), geometric mean over the seeds [95 % interval].\n\n"
+    return rows, text + depth_table(cells, known) + exponent_table(known)
 
-    depths = sorted({cell[4] for cell in cells})
-    lines = ["Samples P* at which level L-1 is recovered (accuracy 0.5), geometric mean over the seeds [95 % interval].", ""]
-    lines += [table_row(["method", "v", "s", "m", *(f"L = {L}" for L in depths), "growth per level", "theory"])]
-    lines += [table_row(["---"] * (6 + len(depths)))]
-    text = {tuple(row[:5]): f"{row[5]} [{row[6]}, {row[7]}]" if row[6] else f"{row[5]} ({row[11]} of {row[10]} seeds)"
-            for row in rows}
-    for group in dict.fromkeys(cell[:4] for cell in cells):
-        usable = {L: known[(*group, L)] for L in depths if L >= 3 and known.get((*group, L))}
-        growth = "{:.2f} [{:.2f}, {:.2f}], L = {}..{}".format(*np.exp(fit(usable)), min(usable), max(usable)) \
-            if len(usable) > 1 else ""
+
+def depth_table(cells, known):
+    """A row for every method and m, a column for every depth; last the growth per level, from L = 3 on: a tree of
+    depth 2 has no cousins but under the root."""
+    depths = sorted({key[4] for key in cells})
+    table = [["method", "v", "s", "m", *(f"L = {L}" for L in depths), "growth per level", "theory"]]
+    for group in dict.fromkeys(key[:4] for key in cells):
+        points = {L: known[(*group, L)] for L in depths if L >= 3 and (*group, L) in known}
+        growth = ""
+        if len(points) > 1:
+            growth = "{:.2f} [{:.2f}, {:.2f}]".format(*np.exp(fit(points))) + f", L = {min(points)}..{max(points)}"
         theory = METHODS[group[0]].growth if group[0] in METHODS else ""
         theory = f"m = {group[3]}" if theory == "m" else theory
-        lines += [table_row([*group, *(text.get((*group, L), "") for L in depths), growth, theory])]
+        table.append([*group, *(cells.get((*group, L), "") for L in depths), growth, theory])
+    return markdown(table)
 
-    exponents = []
-    for method, v, s, L in dict.fromkeys((*cell[:3], cell[4]) for cell in cells):
-        usable = {np.log(c[3]): known[c] for c in cells if (*c[:3], c[4]) == (method, v, s, L) and known[c]}
-        if len(usable) > 1:
-            span = f"{np.exp(min(usable)):.0f}..{np.exp(max(usable)):.0f}"
-            exponents += [table_row([method, v, s, L, span, "{:.2f} [{:.2f}, {:.2f}]".format(*fit(usable))])]
-    if exponents:
-        lines += ["", "The exponent of m: P* = m^exponent, fitted over the m given.", ""]
-        lines += [table_row(["method", "v", "s", "L", "m", "exponent"]), table_row(["---"] * 6), *exponents]
-    return rows, "\n".join(lines) + "\n"
+
+def exponent_table(known):
+    """The exponent of m, for every method and depth that has several."""
+    table = [["method", "v", "s", "L", "m", "exponent of m in P*"]]
+    for method, v, s, L in dict.fromkeys((*key[:3], key[4]) for key in known):
+        several = sorted(key[3] for key in known if (*key[:3], key[4]) == (method, v, s, L))
+        if len(several) > 1:
+            points = {np.log(m): known[(method, v, s, m, L)] for m in several}
+            table.append([method, v, s, L, f"{several[0]}..{several[-1]}", "{:.2f} [{:.2f}, {:.2f}]".format(*fit(points))])
+    return "\n" + markdown(table) if len(table) > 1 else ""
+
+
+def markdown(table):
+    table = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in table)
 
 
 def show(number):
     """A number for the tables: text as it is, None as nothing."""
     return number if isinstance(number, str) else "" if number is None else f"{number:.0f}"
-
-
-def table_row(cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def write_summary(out, runs):

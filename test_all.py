@@ -119,12 +119,11 @@ def test_empirical_contexts_converge_at_the_root_rate(target, target_level, n):
     error = []
     for P in (2000, 32000):
         levels = g.sample(P, seed=8)
-        h, tuples = levels[1], levels[1].unflatten(1, (-1, 2))
+        h = levels[1]
         support = cluster.Support(h, g.v, g.s)
         root = levels[3][:, 0] if target == "root" else None
         tables = cluster.count(h, support, target, "cousins", g.v, levels[0], root)
-        block = {"latent": 0, "token": 0, "root": 0}[target]
-        phi = cluster.contexts(tables[block][None])
+        phi = cluster.contexts(tables[:1])
         truth = torch.zeros(len(support.codes), g.v, dtype=torch.float64)
         truth[support.ids(h)[:, 0]] = parent[levels[2][:, 0].long()]
         error.append((phi - truth).square().mean().sqrt().item() * P**0.5)
@@ -227,6 +226,8 @@ def test_unseen_tuples_are_unknown_and_so_is_all_above(monkeypatch):
     assert (levels[2][~known.unflatten(1, (-1, 2)).all(2)] == -1).all()
     monkeypatch.setattr(cluster, "DENSE_TUPLES", 0)  # a binary search numbers the tuples in the same way
     assert all(map(torch.equal, cluster.fit(x, 8, 2).label(fresh), levels))
+    wide, copy = fresh.long(), fresh.long()
+    assert all(map(torch.equal, tree.label(wide)[1:], levels[1:])) and torch.equal(wide, copy)  # any integers; unchanged
 
 
 def test_kmeans_finds_planted_clusters_and_the_best_partition():
