@@ -287,6 +287,21 @@ def whole(low, high=2**31 - 1):
     return read
 
 
+def real(low, high):
+    """An argparse type: a number from low to high."""
+
+    def read(text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not {text!r}")
+        return number
+
+    return read
+
+
 def add_grammar_flags(parser, m=4, samples=None):
     """The flags of one grammar and one sample, the same in every script."""
     parser.add_argument("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")

@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 import cluster
+import predictor
 from grammar import Grammar, Parser, check_sizes, pick_device, whole
 
 RECOVERED = 0.95  # accuracy of level L-1 from which a rung counts as recovered
@@ -60,11 +61,18 @@ METHODS = {
     "cluster-joint": Method(cluster.recover, {"target": "joint"}, "1"),
     "cluster-cousins": Method(cluster.recover, {"target": "latent", "context": "cousins"}, "1"),
     "cluster-element": Method(cluster.recover, {"target": "latent", "context": "element"}, "1"),
+    "predictor": Method(predictor.recover, {"target": "latent"}, "1"),
+    "predictor-token": Method(predictor.recover, {"target": "token"}, "m"),
+    "predictor-token-long": Method(predictor.recover, {"target": "token", "steps": 1600}, "m"),  # is it steps or data?
+    "predictor-layers": Method(predictor.recover, {"detach": "layers"}, "1"),  # the other three curves of figure 9
+    "predictor-layers-noema": Method(predictor.recover, {"detach": "layers", "ema": 0.0}, "1"),
+    "predictor-local-noema": Method(predictor.recover, {"detach": "layers+clusterer", "ema": 0.0}, "1"),
 }
 DEFAULT = ("cluster", "cluster-token", "cluster-root", "cluster-joint")
 SETTINGS = {  # what a row of runs.csv does not say, by file: other values mean another folder
     "sweep": {"format": 1, "recovered": RECOVERED, "rung": RUNG},
     "cluster": cluster.SETTINGS,
+    "predictor": predictor.SETTINGS,
 }
 
 
@@ -79,20 +87,34 @@ class Ladder(NamedTuple):
     seed: int
 
 
-def first_rung(v, s, m):
-    """The power of 2 at which fewer than half of the v m tuples of level L-2, s to a string, can have been seen."""
-    return 2 ** max(0, int(np.log2(v * m / (2 * s))))
+def first_rung(ladder):
+    """For clustering the power of 2 at which fewer than half of the v m tuples of level L-2, s to a string, can have
+    been seen; for networks, which are dearer, v m^2 / 2 or the power of 2 below."""
+    v, s, m = ladder.v, ladder.s, ladder.m
+    return 2 ** max(0, int(np.log2(v * m / (2 * s) if learner(ladder.method) == "cluster" else v * m**2 / 2)))
+
+
+def last_rung(ladder, max_samples):
+    """A network with a fixed number of steps looks at steps x batch strings and never sees more of a larger sample."""
+    settings = SETTINGS[learner(ladder.method)] | METHODS[ladder.method].arguments
+    if "steps" not in settings:
+        return max_samples
+    return min(max_samples, settings["steps"] * (settings["batch"] or 8 * ladder.v))  # batch 0 stands for 8 v
 
 
 def next_rung(ladder, runs, max_samples):
     """The P to try next, or None at the end of the ladder. runs: {P: accuracies of the levels 1..L-1}."""
-    P, streak = first_rung(ladder.v, ladder.s, ladder.m), 0
+    P, streak = first_rung(ladder), 0
     while P in runs:
         streak = streak + 1 if runs[P][-1] >= RECOVERED else 0
         if streak == 2:
             return None
         P *= RUNG
-    return P if P <= max_samples else None
+    return P if P <= last_rung(ladder, max_samples) else None
+
+
+def learner(method):
+    return method.split("-")[0]
 
 
 def climb(ladder, P, device):
@@ -393,19 +415,20 @@ def main():
                 check_sizes(args.v, args.s, m, L)
             except ValueError as error:
                 parser.error(f"argument --{error}")
-        if args.max_samples < first_rung(args.v, args.s, m):
-            parser.error(f"argument --max-samples: ladders start at {first_rung(args.v, args.s, m)}; allow that or more")
-    device = pick_device(parser, args.device)
-    jobs = args.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    jobs = jobs if args.jobs or device == "cpu" else 1
-    try:
-        runs = open_folder(args.out, {name.split("-")[0] for name in methods})
-    except Refused as error:
-        parser.error(f"argument --out: {args.out} {error}; it is left as it was, choose another folder")
     ladders = [
         Ladder(name, args.v, args.s, m, L, seed)
         for name in methods for m in args.m for L in args.depth for seed in range(args.seeds)
     ]
+    lowest = max(map(first_rung, ladders))
+    if args.max_samples < lowest:
+        parser.error(f"argument --max-samples: a ladder starts at {lowest}; allow that or more")
+    device = pick_device(parser, args.device)
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    jobs = jobs if args.jobs or device == "cpu" else 1
+    try:
+        runs = open_folder(args.out, {learner(name) for name in methods})
+    except Refused as error:
+        parser.error(f"argument --out: {args.out} {error}; it is left as it was, choose another folder")
     try:
         sweep(ladders, runs, args.out, args.max_samples, device, jobs)
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ import torch
 import cluster
 import grammar
 import plot
+import predictor
 import sweep
 from grammar import Grammar, accuracy
 
@@ -256,6 +257,154 @@ def test_fit_refuses_bad_input():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# predictor.py
+
+
+def stack_for(s, L, v=4, target="latent", seed=0):
+    return predictor.build(s, L, v, 8, target, torch.Generator().manual_seed(seed))
+
+
+def settings(**changes):
+    return predictor.SimpleNamespace(**(predictor.SETTINGS | {"gate": 0.0} | changes))
+
+
+def parts_for(g, student, teacher=None, target="latent", detach="none", strings=64):
+    x = g.sample(strings, 1)[0]
+    return predictor.losses(student, teacher, x, g.v, target, detach, torch.Generator().manual_seed(0), settings())
+
+
+def reached(loss, student):
+    """Which weights a loss has a gradient for: {(module, part)}, part predict or cluster."""
+    grads = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True, retain_graph=True)
+    names = [name.split(".")[:2] for name, _ in student.named_parameters()]
+    return {(int(l), part) for (l, part), grad in zip(names, grads) if grad is not None and grad.abs().max() > 0}
+
+
+@pytest.mark.parametrize("s", [2, 3])
+def test_cousins_are_the_other_tuples_under_the_grandparent(s):
+    table = predictor.cousins(s).tolist()
+    assert table == [[j for j in range(s) if j != i] for i in range(s)]
+    # and the loss finds them: a network that is sure of each element of the right cousin has loss 0
+    n, d = s**3, s**3
+    target = torch.eye(d)[None]  # one string whose elements are all different
+    log_phi = torch.full((n // s, s, s - 1, s, d), -50.0)
+    for t in range(n // s):
+        grandparent, i = divmod(t, s)
+        for c, e in itertools.product(range(s - 1), range(s)):
+            j = [j for j in range(s) if j != i][c]
+            log_phi[t, i, c, e, grandparent * s * s + j * s + e] = 0.0
+    assert predictor.prediction_loss(log_phi, target)[0].item() == 0.0
+
+
+@pytest.mark.parametrize("s, E", [(2, 2), (3, 3), (2, 4), (3, 9)])
+def test_prediction_loss_equals_the_double_loop(s, E):
+    random = torch.Generator().manual_seed(0)
+    B, G, d = 3, 4, 5  # strings, grandparents in each, codes
+    log_phi = torch.randn(B * G * s, s, s - 1, E, d, generator=random).log_softmax(-1)
+    target = torch.randn(B, G * s * E, d, generator=random).softmax(-1)
+    total, terms = 0.0, 0
+    for b, g, i in itertools.product(range(B), range(G), range(s)):
+        others = [j for j in range(s) if j != i]
+        for c, j in enumerate(others):
+            for e in range(E):
+                total -= float(target[b, (g * s + j) * E + e] @ log_phi[(b * G + g) * s + i, i, c, e])
+                terms += 1
+    loss, gain = predictor.prediction_loss(log_phi, target)
+    assert loss.item() == pytest.approx(total / terms, rel=1e-5) and gain < 1
+
+
+def test_clustering_loss_equals_the_double_loop():
+    random = torch.Generator().manual_seed(0)
+    codes, like = torch.randn(7, 4, generator=random).softmax(1), torch.rand(7, 7, generator=random) * 2 - 1
+    total = 0.0
+    for i, j in itertools.permutations(range(7), 2):
+        same, w = codes[i] @ codes[j], like[i, j]
+        total += -w * ((same + 0.01) / 1.01).log() if w > 0 else 0.3 * w * (1.0001 - same).log()
+    assert predictor.clustering_loss(codes, like, 0.3).item() == pytest.approx(float(total) / 42, rel=1e-5)
+
+
+@pytest.mark.parametrize("detach", predictor.DETACH)
+def test_gradients_stop_where_detach_says(detach):
+    g = Grammar.random(4, 2, 2, 4, seed=0)
+    student = stack_for(2, 4)
+    parts = parts_for(g, student, detach=detach)
+    everything = {(l, part) for l in range(3) for part in ("predict", "cluster")}
+    for l in range(3):
+        below = {pair for pair in everything if pair[0] < l} if detach == "none" else set()
+        assert reached(parts[2 * l], student) == below | {(l, "predict")}
+        own = {(l, "cluster")} | (set() if "clusterer" in detach else {(l, "predict")})
+        assert reached(parts[2 * l + 1], student) == below | own
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_targets_carry_no_gradient_and_come_from_the_teacher(with_teacher):
+    g = Grammar.random(4, 2, 2, 4, seed=0)
+    student, teacher = stack_for(2, 4), stack_for(2, 4, seed=1)
+    parts = parts_for(g, student, teacher if with_teacher else None)
+    x = predictor.one_hot(g.sample(64, 1)[0], 4)
+    source = teacher if with_teacher else student
+    wanted = source[1](source[0](x)[1])[1].detach()
+    log_phi = student[2](student[1](student[0](x)[1])[1])[0]
+    assert parts[4].item() == pytest.approx(predictor.prediction_loss(log_phi, wanted)[0].item(), rel=1e-5)
+    assert reached(parts[0], teacher) == set()
+
+
+def test_token_heads_see_the_tokens_under_the_cousins():
+    g = Grammar.random(4, 2, 2, 4, seed=0)
+    student = stack_for(2, 4, target="token")
+    parts = parts_for(g, student, target="token")
+    x = predictor.one_hot(g.sample(64, 1)[0], 4)
+    log_phi = student[1](student[0](x)[1])[0]  # (64 * 4, 2, 1, 4, d): the 4 tokens of a cousin on level 1
+    total = 0.0
+    for b, t in itertools.product(range(64), range(4)):
+        cousin = t ^ 1
+        total -= float((log_phi.detach()[b * 4 + t, t % 2, 0] * x[b, cousin * 4 : cousin * 4 + 4]).sum())
+    assert parts[2].item() == pytest.approx(total / (64 * 4 * 4), rel=1e-5)
+
+
+def test_moving_average_is_exact():
+    student, teacher = stack_for(2, 3), stack_for(2, 3, seed=1)
+    before = [p.clone() for p in teacher.parameters()]
+    predictor.average(teacher, student, 0.25)
+    for old, new, p in zip(before, teacher.parameters(), student.parameters()):
+        assert torch.allclose(new, 0.75 * old + 0.25 * p, atol=1e-7)
+
+
+def test_planted_codes_have_a_lower_loss_than_random_ones():
+    g = Grammar.random(8, 2, 3, 3, seed=0)
+    levels = g.sample(512, 1)
+    rows = torch.cat([g.context(0, i, 0, n) for i, ns in ((0, (2, 3)), (1, (0, 1))) for n in ns], 1)  # (v, 4 v)
+    symbols = levels[1].flatten().long()[:256]
+    like = predictor.likeness(rows[symbols].float(), g.v)
+    true = symbols[:, None] == symbols[None]
+    assert (like[true] > 0).all() and (like[~true] < 0).all()  # exact contexts: the pairs are told apart
+    planted = predictor.one_hot(symbols, 8)
+    random = predictor.one_hot(torch.randint(8, (256,), generator=torch.Generator().manual_seed(0)), 8)
+    assert predictor.clustering_loss(planted, like, 0.5) < predictor.clustering_loss(random, like, 0.5) - 0.1
+
+
+def test_likeness_needs_no_scale():
+    phi = torch.rand(60, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(predictor.likeness(phi, 8), predictor.likeness(5 * phi + 3, 8), atol=1e-3)
+
+
+def test_learns_level_1_and_not_from_scrambled_strings():
+    g = Grammar.random(6, 2, 2, 2, seed=2)
+    x = g.sample(2048, 0)[0]
+    scrambled = x.clone()
+    scrambled[:, 2:] = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0)), 2:]  # not its cousin
+    truth = g.sample(1024, (0, 1))
+    found = [predictor.score(predictor.train(y, 6, 2, steps=250), truth, 6)[0][0] for y in (x, scrambled)]
+    assert found[0] > 0.95 and found[1] < 0.8
+
+
+def test_same_seed_same_weights():
+    x = Grammar.random(4, 2, 2, 3, seed=0).sample(64, 0)[0]
+    a, b = (predictor.train(x, 4, 2, steps=5, seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # sweep.py and plot.py
 
 
@@ -340,6 +489,8 @@ def files(folder):
     ("sweep", "--methods cluster,magic", "--methods"), ("sweep", "--out FILE", "--out"), ("sweep", "--seed 3", "--seed"),
     ("cluster", "--samples 0", "--samples"), ("cluster", "--depth 1", "--depth"), ("cluster", "--m 9", "--m"),
     ("cluster", "--target leaf", "--target"), ("cluster", "--device tpu", "--device"), ("cluster", "--v two", "--v"),
+    ("predictor", "--codes 3", "--codes"), ("predictor", "--target root", "--target"), ("predictor", "--lr x", "--lr"),
+    ("predictor", "--ema 2", "--ema"), ("predictor", "--steps 0", "--steps"), ("predictor", "--samples 0", "--samples"),
     ("grammar", "--m 9", "--m"), ("grammar", "--samples -1", "--samples"), ("grammar", "--save NOWHERE/x.npz", "--save"),
     ("plot", "NOWHERE", "out"),
 ])

@@ -1,0 +1,356 @@
+"""
+Learner 2: stacked latent clustering, the paper's predictor-clusterer network (section 4, fig. 8), trained end to end.
+
+    python predictor.py --depth 4 --samples 1024                      the levels are learned one after another (fig. 10)
+    python predictor.py --depth 4 --samples 1024 --target token        the control: every module predicts raw tokens
+    python predictor.py --depth 4 --detach layers+clusterer --ema 0    purely local learning, no teacher (fig. 9)
+
+L-1 modules of one form stand on top of each other. Module l turns s^(L-l) codes into s^(L-l-1) codes, one per tuple:
+  predictor   tuple -> phi, a distribution for every element of every cousin tuple (the other tuples under the same
+              grandparent), from every child position the tuple could have. Cross-entropy to the target's codes:
+                latent  the level-l codes of a teacher, the moving average of the network: v m^3 strings on every level
+                token   the raw tokens under the cousins: 2 levels and l more to go, v m^(l+2)
+  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi are pulled to the
+              same code, others to different ones.
+Labels are used in the scores alone. The exact losses are not public; what we chose is said where it is done.
+
+HEADLINE
+"""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from grammar import Parser, accuracy, add_grammar_flags, grammar_from_flags, pick_device, real, whole
+
+TARGETS = ("latent", "token")
+DETACH = ("none", "layers", "layers+clusterer")
+TEST_STRINGS = 4096  # fresh strings that the scores are taken on
+PROBE_STEPS = 300    # of the linear probes, full batch, Adam 3e-2
+
+
+FLAGS = {  # name: (default, type, help)
+    "steps": (800, whole(1), "training steps, at most; the paper: as many as --epochs gives"),
+    "epochs": (200, whole(1), "passes over the P strings, at most; the paper: 30"),
+    "batch": (0, whole(0), "strings per step; 0 is 8 v, as 1/v of the pairs in it are synonyms; the paper: 32"),
+    "lr": (5e-3, real(0, 1), "learning rate of AdamW, falls linearly to 0; the paper: 3e-3, constant"),
+    "decay": (1e-3, real(0, 1), "weight decay of AdamW; the paper: 1e-3"),
+    "hidden": (64, whole(1), "width of the hidden layers; the paper: 150"),
+    "codes": (0, whole(0, 4096), "d_h, clusters of a module, v or more; 0 is 5 v / 4; the paper: 128"),
+    "ema": (0.015, real(0, 1), "share of the student in each update of the teacher; 0: no teacher, the targets are "
+                               "the student's own codes; the paper: 0.015"),
+    "separation": (0.5, real(0, 100), "weight lambda_sep of pushing codes apart; the paper: 0.5"),
+    "gate": (0.1, real(0, 1), "share of the target's information that a predictor must have found before its clusterer "
+                              "learns at full rate, 0 to 1; ours, 0: no gate"),
+}
+SETTINGS = {name: default for name, (default, _, _) in FLAGS.items()} | {"test_strings": TEST_STRINGS}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the network
+
+
+class Module(nn.Module):
+    """One predictor and one clusterer. elements: targets to predict under a cousin; d: codes, d_h."""
+
+    def __init__(self, s, d, hidden, elements):
+        super().__init__()
+        self.s, self.d = s, d
+        heads = s * (s - 1) * elements  # (own child position, cousin, element)
+        self.predict = nn.Sequential(  # 1x1 convolutions after the first of kernel s and stride s: linear per tuple
+            nn.Linear(s * d, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, heads * d)
+        )
+        self.norm = nn.BatchNorm1d(heads * d, affine=False)  # phi differs little from one tuple to another
+        self.cluster = nn.Sequential(nn.Linear(heads * d, hidden), nn.GELU(), nn.Linear(hidden, d))
+
+    def reset(self, random):
+        """Draw the weights from a torch.Generator. A tuple is s ones among s d inputs: the first layer has to start
+        with unit variance *there*, or it is nearly linear and takes long to tell a tuple from its symbols."""
+        for layer in (*self.predict, *self.cluster):
+            if isinstance(layer, nn.Linear):
+                bound = layer.in_features**-0.5
+                nn.init.uniform_(layer.weight, -bound, bound, generator=random)
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.predict[0].weight, std=self.s**-0.5, generator=random)
+
+    def forward(self, codes, local=False):
+        """codes: (B, n, d) -> log phi (B n/s, s, s-1, elements, d) and the codes of the level above, (B, n/s, d).
+
+        local: stop the clusterer's gradient before the predictor."""
+        tuples = codes.reshape(-1, self.s * self.d)
+        log_phi = self.predict(tuples).view(len(tuples), self.s, self.s - 1, -1, self.d).log_softmax(-1)
+        phi = log_phi.exp().flatten(1)
+        above = self.cluster(self.norm(phi.detach() if local else phi)).softmax(-1)
+        return log_phi, above.view(len(codes), -1, self.d)
+
+
+def build(s, L, d, hidden, target, random):
+    """The L-1 modules, weights drawn from the CPU generator random. An element is a symbol of level l or a token."""
+    stack = nn.ModuleList(Module(s, d, hidden, s ** (l + 1) if target == "token" else s) for l in range(L - 1))
+    for module in stack:
+        module.reset(random)
+    return stack
+
+
+def encode(stack, x, batch=1024):
+    """(P, s^L) uint8 strings -> list of the soft codes of levels 1..L-1, (P, s^(L-l), d) each; no gradient."""
+    stack.eval()
+    parts = []
+    with torch.no_grad():
+        for rows in x.split(batch):
+            codes, levels = one_hot(rows, stack[0].d), []
+            for module in stack:
+                codes = module(codes)[1]
+                levels.append(codes)
+            parts.append(levels)
+    stack.train()
+    return [torch.cat(level) for level in zip(*parts)]
+
+
+def one_hot(x, d):
+    return F.one_hot(x.long(), d).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the losses
+
+
+def cousins(s, device="cpu"):
+    """(s, s-1) int64: row i holds the child positions of the cousins of a tuple at child position i."""
+    return torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=device)
+
+
+def prediction_loss(log_phi, target):
+    """Cross-entropy to the codes under the cousins, a tuple at child position i using its heads for i alone.
+
+    log_phi: (N, s, s-1, E, d) for the N tuples of a batch, in order; target: (B, n, d) codes or one-hot tokens, n E
+    to B strings of N/B tuples. Returns (loss, gain): the mean over tuples, cousins and elements in nats; and the share
+    of what can be known about the targets that it already knows, without gradient, at most 1."""
+    N, s, _, E, d = log_phi.shape
+    own = log_phi.view(N // s, s, s, s - 1, E, d).diagonal(dim1=1, dim2=2).movedim(-1, 1)  # (N/s, s, s-1, E, d)
+    seen = target.reshape(N // s, s, E, d)[:, cousins(s, target.device)]  # the same
+    loss = -(seen * own).sum(-1).mean()
+    with torch.no_grad():
+        mean = seen.mean(0)
+        marginal, conditional = entropy(mean).mean(), entropy(seen).mean()
+        gain = (marginal - loss) / (marginal - conditional + 1e-3)
+    return loss, gain
+
+
+def entropy(p):
+    """Of distributions along the last dimension, in nats."""
+    return torch.xlogy(p, p).sum(-1).neg().clamp(min=0)
+
+
+def likeness(phi, v):
+    """(n, D) predictions -> (n, n) in -1..1: above 0 for pairs to pull together, below for pairs to push apart.
+
+    The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: phi is centred and whitened over the
+    batch, as some parents have nearly the same contexts; the ridge is the mean variance of v-1 directions, the number
+    in which v parents differ. And the threshold lies between the cosines of synonyms, about
+    1/v of all pairs, and those of the pairs that come next: both depend on v, m, s and on how well phi is known."""
+    phi = phi - phi.mean(0)
+    covariance = phi.T @ phi
+    ridge = covariance.diagonal().sum() / (v - 1) + 1e-12
+    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), device=phi.device))
+    phi = torch.linalg.solve_triangular(factor, phi.T, upper=False).T
+    phi = F.normalize(phi, dim=1)
+    cosine = phi @ phi.T
+    some = cosine[:32].flatten()  # rows enough for two quantiles
+    synonym = some.kthvalue(max(1, int(len(some) * (1 - 0.5 / v))))[0]  # the median of synonyms
+    other = some.kthvalue(max(1, int(len(some) * (1 - min(2 / v, 0.75)))))[0]
+    return ((2 * cosine - synonym - other) / (synonym - other + 1e-2)).clamp(-1, 1)
+
+
+def clustering_loss(codes, like, separation):
+    """Mean over all pairs of like . -log c_i.c_j where like > 0, else separation |like| . -log(1 - c_i.c_j).
+
+    codes: (n, d) soft codes; like: (n, n). Our choice of form; unlike a squared distance the logarithm keeps a gradient
+    between two codes that are both nearly one-hot, so that codes that split one symbol can still merge."""
+    n = len(codes)
+    same = codes @ codes.T
+    pull = -((same + 0.01) / 1.01).log() * like.clamp(min=0)
+    push = -(1.0001 - same).log() * (-like).clamp(min=0)
+    loss = pull + separation * push
+    return (loss.sum() - loss.diagonal().sum()) / (n * (n - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def losses(student, teacher, x, v, target, detach, random, settings):
+    """The losses of a batch of strings x, (B, s^L), in the order of the modules: 2 (L-1) scalars, for each module its
+    prediction and its clustering loss. teacher None: the student's own codes are the targets."""
+    tokens = one_hot(x, student[0].d)
+    codes = wanted = tokens
+    out = []
+    for l, module in enumerate(student):
+        log_phi, above = module(codes, local="clusterer" in detach)
+        prediction, gain = prediction_loss(log_phi, tokens if target == "token" else wanted)
+        phi, items = log_phi.detach().exp().flatten(1), above.reshape(-1, module.d)
+        if len(items) > 2 * len(x):  # enough pairs; the paper takes 300
+            some = torch.randperm(len(items), generator=random)[: 2 * len(x)].to(x.device)
+            phi, items = phi[some], items[some]
+        gate = (gain / settings.gate).clamp(0, 1) if settings.gate else 1.0  # first predict, then cluster
+        out += [prediction, gate * clustering_loss(items, likeness(phi, v), settings.separation)]
+        if target == "latent" and l < len(student) - 1:
+            with torch.no_grad():
+                wanted = above.detach() if teacher is None else teacher[l](wanted)[1]
+        codes = above if detach == "none" else above.detach()
+    return out
+
+
+@torch.no_grad()
+def average(teacher, student, ema):
+    """teacher += ema (student - teacher), every parameter; in place."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), ema)
+
+
+def train(x, v, s, target="latent", detach="none", combine="sum", seed=0, report=None, **settings):
+    """Learn from strings x, a (P, s^L) uint8 tensor of symbols 0..v-1, on x's device. Returns the trained modules.
+
+    report(done, steps, stack) is called after every step. settings: those of FLAGS, by name. Raises ValueError if a
+    target or a setting is unknown or out of range, ImportError if combine is upgrad and torchjd is not installed."""
+    unknown = [name for name in settings if name not in FLAGS]
+    if unknown or target not in TARGETS or detach not in DETACH or combine not in ("sum", "upgrad"):
+        raise ValueError(f"one of {unknown}, target {target!r}, detach {detach!r}, combine {combine!r} is unknown")
+    settings = SimpleNamespace(**(SETTINGS | settings))
+    batch = settings.batch or 8 * v
+    d = settings.codes or 5 * v // 4
+    if d < v:
+        raise ValueError(f"codes = {d}: allowed is v = {v} or more (0 for 5 v / 4), as tokens are codes too")
+    L, length = 0, x.shape[1]
+    while length > 1:
+        L, length = L + 1, length // s
+    if L < 2 or s**L != x.shape[1]:
+        raise ValueError(f"x must be (P, s^L) with L >= 2, not {tuple(x.shape)} for s = {s}")
+    if combine == "upgrad":
+        from torchjd.aggregation import UPGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        aggregator = UPGrad()  # needs the solvers quadprog and qpsolvers, and says so here
+    random = torch.Generator().manual_seed(seed)
+    student = build(s, L, d, settings.hidden, target, random).to(x.device)
+    teacher = copy.deepcopy(student).requires_grad_(False) if settings.ema else None
+    weights = list(student.parameters())
+    optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=settings.decay, fused=x.device.type != "mps")
+    steps = min(settings.steps, math.ceil(settings.epochs * len(x) / batch))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / steps)
+        strings = x[torch.randint(len(x), (batch,), generator=random).to(x.device)]
+        parts = losses(student, teacher, strings, v, target, detach, random, settings)
+        optimizer.zero_grad()
+        if combine == "sum":
+            sum(parts).backward()
+        else:  # Jacobian descent, as the paper: no loss may grow to first order
+            backward(parts)
+            jac_to_grad(weights, aggregator)
+        optimizer.step()
+        if teacher is not None:
+            average(teacher, student, settings.ema)
+        if report:
+            report(step + 1, steps, student)
+    return student
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scores
+
+
+def score(stack, truth, v):
+    """truth: levels of fresh strings. Returns, for the levels 1..L-1: accuracy of the arg-max code under the best
+    matching; codes in use (by at least 1 in 1000 tuples); entropy of their use in nats, log v if all is well."""
+    rows = []
+    for l, codes in enumerate(encode(stack, truth[0]), 1):
+        best = codes.argmax(-1)
+        use = best.flatten().bincount(minlength=codes.shape[-1]) / best.numel()
+        rows.append((accuracy(best, truth[l], v), int((use >= 1e-3).sum()), float(entropy(use))))
+    return rows
+
+
+def probe(train_codes, train_labels, test_codes, test_labels, v):
+    """Accuracy on the test codes of a linear classifier trained on the training codes: (P, D) and (P,) each. A probe
+    can read symbols that were never merged, wherever d_h >= v m; the matching accuracy can't be deceived so."""
+    W = torch.zeros(train_codes.shape[1], v, device=train_codes.device, requires_grad=True)
+    b = torch.zeros(v, device=train_codes.device, requires_grad=True)
+    optimizer = torch.optim.Adam([W, b], 3e-2)
+    for _ in range(PROBE_STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(train_codes @ W + b, train_labels.long()).backward()
+        optimizer.step()
+    return float(((test_codes @ W + b).argmax(1) == test_labels).float().mean())
+
+
+def probes(stack, train, test, v):
+    """Linear probes of the frozen final code, for h^(L-1) at every position and for the root from all of them."""
+    a, b = encode(stack, train[0])[-1], encode(stack, test[0])[-1]  # (P, s, d)
+    below = probe(a.flatten(0, 1), train[-2].flatten(), b.flatten(0, 1), test[-2].flatten(), v)
+    return below, probe(a.flatten(1), train[-1][:, 0], b.flatten(1), test[-1][:, 0], v)
+
+
+def recover(grammar, P, seed, target="latent", device="cpu", detach="none", combine="sum", **settings):
+    """One run of the sweep: learn from P strings, score on fresh ones.
+
+    Returns (accuracy, collapsed), lists over the levels 1..L-1: the fraction of right labels under the best matching,
+    and whether fewer than v codes are in use."""
+    x = grammar.sample(P, seed, device)[0]
+    stack = train(x, grammar.v, grammar.s, target, detach, combine, seed, **settings)
+    rows = score(stack, grammar.sample(TEST_STRINGS, (seed, 1), device), grammar.v)
+    return [a for a, _, _ in rows], [used < grammar.v for _, used, _ in rows]
+
+
+def main():
+    parser = Parser(__doc__)
+    add_grammar_flags(parser, m=3, samples=4096)
+    parser.add_argument("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
+    parser.add_argument("--detach", choices=DETACH, default="none", help="stop the gradient between modules, and from "
+                        "each clusterer to its predictor (default none)")
+    parser.add_argument("--combine", choices=("sum", "upgrad"), default="sum", help="the losses: their sum, or "
+                        "Jacobian descent as in the paper, which needs the package torchjd (default sum)")
+    for name, (default, kind, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default})")
+    args = parser.parse_args()
+    grammar = grammar_from_flags(parser, args)
+    device = pick_device(parser, args.device)
+    levels = grammar.sample(args.samples, args.seed, device)
+    truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
+    glance = [h[:256] for h in truth]
+    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=args.steps, bar_format=layout, delay=1e-3)  # nothing to see if a flag turns out to be wrong
+
+    def report(done, steps, stack):
+        bar.total = steps
+        bar.update()
+        if done % max(1, steps // 40) == 0:
+            found = " ".join(f"{a:.2f}" for a, _, _ in score(stack, glance, args.v))
+            bar.set_postfix_str(f"accuracy of levels 1..{args.depth - 1}: {found}")
+
+    settings = {name: getattr(args, name) for name in FLAGS}
+    try:
+        stack = train(levels[0], args.v, args.s, args.target, args.detach, args.combine, args.seed, report, **settings)
+    except ValueError as error:
+        bar.close()
+        parser.error(f"argument --{error}")
+    except ImportError:
+        bar.close()
+        parser.error("argument --combine: upgrad needs a package: pip install 'torchjd[quadprog_projector]'")
+    bar.close()
+    print(f"{args.samples} strings of {args.s**args.depth} tokens, v={args.v} s={args.s} m={args.m} L={args.depth}")
+    print(f"target {args.target}, detach {args.detach}, d_h = {stack[0].d}; v m^3 = {args.v * args.m**3}")
+    print(f"\nlevel   accuracy on {TEST_STRINGS} fresh strings   codes in use   entropy (of {math.log(args.v):.2f})")
+    for l, (a, used, H) in enumerate(score(stack, truth, args.v), 1):
+        print(f"{l:5}   {a:8.3f}{'':25}{used:12}   {H:7.2f}{'   collapsed' if used < args.v else ''}")
+    below, root = probes(stack, levels, truth, args.v)
+    print(f"\nlinear probes of the final code: level {args.depth - 1} {below:.3f}, root {root:.3f}")
+    if stack[0].d >= args.v * args.m:
+        print(f"(d_h >= v m = {args.v * args.m}: such a probe could read tuples that were never merged)")
+
+
+if __name__ == "__main__":
+    main()
