@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grammar import Parser, accuracy, add_grammar_flags, grammar_from_flags, pick_device, tuple_codes
+from grammar import TEST_STRINGS, Parser, accuracy, add_grammar_flags, grammar_from_flags, pick_device, tuple_codes
 
 TARGETS = ("latent", "token", "root", "joint")
 CONTEXTS = ("element", "cousins", "all")
@@ -33,7 +33,6 @@ STARTS = 16               # of the joint clustering
 ROUNDS = 30               # of either at most, if labels still change
 CHUNK_TOKENS = 2**18      # tokens counted at a time, so that the index arithmetic stays in the cache
 DENSE_TUPLES = 2**22      # up to this v^s a tuple's number is one look-up, above it a binary search
-TEST_STRINGS = 4096       # fresh strings that the score is taken on
 SETTINGS = {"restarts": RESTARTS, "trials": TRIALS, "starts": STARTS, "rounds": ROUNDS, "test_strings": TEST_STRINGS}
 
 
@@ -120,8 +119,8 @@ def count(h, support, target, context, v, x, root):
             seen = seen[:, :1]
         positions, targets, _ = seen.shape
         block = torch.arange(positions * targets, device=h.device).view(positions, targets, 1)
-        cell = seen.long()
-        cell += tuples * symbols + block * (K * symbols)  # in place, and the longest dimension last: this is the hot loop
+        cell = seen.long()  # the hot loop: work in place, with the longest dimension last
+        cell += tuples * symbols + block * (K * symbols)
         total = total + torch.bincount(cell.flatten(), minlength=positions * targets * K * symbols)
     return total.view(-1, K, symbols)
 
@@ -192,7 +191,8 @@ def cluster_pairs(tables, v, random):
         member = torch.nn.functional.one_hot(labels, v).to(tables)  # (starts, K, v)
         cousins = torch.einsum("bij,rjv->rbiv", tables, member)  # how often a tuple's cousin had each label
         pairs = member.mT[:, None] @ cousins + 0.1  # (starts, blocks, v, v)
-        log_odds = (pairs * pairs.sum((2, 3), keepdim=True) / pairs.sum(2, keepdim=True) / pairs.sum(3, keepdim=True)).log()
+        by_chance = pairs.sum(2, keepdim=True) * pairs.sum(3, keepdim=True) / pairs.sum((2, 3), keepdim=True)
+        log_odds = (pairs / by_chance).log()
         information = (pairs * log_odds).sum((1, 2, 3))  # (starts,) in nats, over all pairs seen
         relabelled = (cousins @ log_odds.mT).sum(1).argmax(2)
         if torch.equal(labels, relabelled):
@@ -286,17 +286,17 @@ def main():
     tree = fit(levels[0], args.v, args.s, args.target, root, args.context, args.seed)
     truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
     estimate = tree.label(truth[0])
-    print(f"{args.samples} strings of {args.s**args.depth} tokens, v={args.v} s={args.s} m={args.m} L={args.depth}; ", end="")
+    print(f"{args.samples} strings of {args.s**args.depth} tokens, v={args.v} s={args.s} m={args.m} L={args.depth}")
     print(f"target {args.target}, context {args.context}; v m^3 = {args.v * args.m**3}")
     print(f"\nlevel   tuples seen   accuracy on {TEST_STRINGS} fresh strings")
     for l in range(1, args.depth):
         seen = f"{len(tree.symbols[l - 1])} of {args.v * args.m}"
         print(f"{l:5}   {seen:>11}   {accuracy(estimate[l], truth[l], args.v):8.3f}")
     print("\nlevel 1 as learned: the pieces of string in a line are one symbol")
-    codes, symbols = tree.supports[0].codes, tree.symbols[0]
     for a in range(min(args.v, 8)):
-        digits = [[code // args.v**k % args.v for k in reversed(range(args.s))] for code in codes[symbols == a].tolist()]
-        print(f"  {a}: " + " | ".join(" ".join(map(str, d)) for d in digits))
+        codes = tree.supports[0].codes[tree.symbols[0] == a].tolist()
+        tuples = [[str(code // args.v**k % args.v) for k in reversed(range(args.s))] for code in codes]
+        print(f"  {a}: " + " | ".join(map(" ".join, tuples)))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 TABLE_BYTES = 2**20   # two levels share one look-up while its table stays in a core's cache
 CHUNK_TOKENS = 2**18  # tokens sampled at a time: small enough for the cache, large enough to hide numpy's overhead
+PROBE_STRINGS = 2048  # labelled fresh strings that a probe is trained on
+TEST_STRINGS = 4096   # other fresh strings, that every score is taken on
+RIDGE = 1e-3          # of the linear probe, on features of size about 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ class Grammar:
         if self.v * choices * self.s**2 > TABLE_BYTES:
             return [(l, [rules[l].reshape(-1, self.s)]) for l in reversed(range(self.L))]
         tables = [(self.L - 1, [rules[-1].reshape(-1, self.s)])] if self.L % 2 else []
-        j = np.indices((self.m,) * (1 + self.s)).reshape(1 + self.s, choices)  # a rule for the symbol, s for its children
+        j = np.indices((self.m,) * (1 + self.s)).reshape(1 + self.s, choices)  # one for the symbol and its children
         for l in reversed(range(0, self.L - 1, 2)):
             middle = rules[l + 1][:, j[0]].reshape(-1, self.s)  # (v * choices, s)
             leaves = rules[l][middle, np.tile(j[1:].T, (self.v, 1))]  # (v * choices, s, s)
@@ -129,12 +133,48 @@ class Grammar:
             levels.append((order[place] // self.m).to(torch.uint8))
         return levels
 
+    def swap(self, levels, l, kind, seed=0):
+        """Replace, in every string, the level-(l-1) tuple under one random level-l node by another valid tuple, and
+        resample all below it consistently. The two kinds of swap of the paper's synonym score (Figs. 5, 13):
+
+        "synonym": one of the m-1 other rules of the same symbol, so that no latent from level l up changes;
+        "generic": any of the v*m-1 other tuples, whose parent then stands at that node: levels above l are left as they
+        are, though the string may have no derivation any more.
+        levels: as sample returns them; l: 1..L. Returns (swapped, node): swapped like levels, new tensors; node, (P,)
+        int64, the level-l node of every string. Same seed, same nodes for both kinds.
+        Raises ValueError if l or kind is out of range, or m = 1 leaves no synonym."""
+        if not 1 <= l <= self.L or kind not in ("synonym", "generic"):
+            raise ValueError(f"l = {l}, kind = {kind!r}: allowed are 1 to L = {self.L}, and 'synonym' or 'generic'")
+        if kind == "synonym" and self.m == 1:
+            raise ValueError("m = 1: a symbol with a single rule has no synonyms")
+        rng, device, s, m = generator("swap", seed), levels[0].device, self.s, self.m
+        P, rows = len(levels[0]), torch.arange(len(levels[0]), device=levels[0].device)
+
+        def draw(low, high, shape):
+            return torch.from_numpy(rng.integers(low, high, size=shape)).to(device)
+
+        node = draw(0, s ** (self.L - l), P)
+        swapped = [h.clone() for h in levels]
+        tuples = self.rules[l - 1].to(device).reshape(-1, s)  # (v m, s)
+        old = (levels[l - 1].unflatten(1, (-1, s))[rows, node][:, None] == tuples).all(2).int().argmax(1)  # (P,)
+        if kind == "synonym":
+            new = old // m * m + (old + draw(1, m, P)) % m
+        else:
+            new = (old + draw(1, len(tuples), P)) % len(tuples)
+        swapped[l][rows, node] = (new // m).to(torch.uint8)
+        h = tuples[new]  # (P, s)
+        for k in reversed(range(l)):
+            swapped[k].view(P, -1, s ** (l - k))[rows, node] = h
+            if k:
+                h = self.rules[k - 1].to(device)[h.long(), draw(0, m, h.shape)].flatten(1)
+        return swapped, node
+
     # ------------------------------------------------------------------------------------------------------------------
     # the population: what an infinite sample would show, from the rules alone
 
     def transition(self, l):
         """(s, v, v) float64: entry [k, a, b] is the probability that a level-(l+1) symbol a has b as its k-th child."""
-        return torch.nn.functional.one_hot(self.rules[l].long(), self.v).double().mean(1).permute(1, 0, 2)
+        return F.one_hot(self.rules[l].long(), self.v).double().mean(1).permute(1, 0, 2)
 
     def descend(self, top, l, n):
         """(v, v) float64: P(node n of level l is b | its ancestor on level top is a), one transition per level."""
@@ -260,6 +300,68 @@ def best_matching(table):
             column = via[column]
     held = owner >= 0
     return table[owner[held], held.nonzero()[0]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# probes: what can be read off features
+
+
+def linear_probe(features, labels, v):
+    """Least squares of the one-hot labels on the features, with a little ridge: nothing to tune, the same every time.
+
+    features: (n, d) float; labels: (n,) integers below v. Returns a function from (..., d) to (..., v) scores."""
+    mean, share = features.mean(0), F.one_hot(labels.long(), v).to(features)
+    centred = features - mean
+    gram = centred.T @ centred / len(features) + RIDGE * torch.eye(features.shape[1], device=features.device)
+    weight = torch.linalg.solve(gram, centred.T @ (share - share.mean(0)) / len(features))  # (d, v)
+    return lambda h: (h - mean) @ weight + share.mean(0)
+
+
+class Exam:
+    """The strings on which features are probed, for one grammar and seed: the same for every learner.
+
+    test: levels of fresh strings, the same as every learner is scored on. probe[l], l = 1..L-1: levels of other fresh
+    strings in which one rule of every level-l symbol never occurs (another has its place), so that v of the v*m
+    level-(l-1) tuples are absent; unseen[l], (P, s^(L-l)) bool: the nodes of the test strings that have such a tuple.
+    labelled: levels of fresh strings of the grammar itself, to probe the root. Raises ValueError if m = 1."""
+
+    def __init__(self, grammar, seed, device="cpu", tests=TEST_STRINGS):
+        if grammar.m == 1:
+            raise ValueError("m = 1: allowed is 2 or more here, since a single rule has no synonym to measure")
+        self.grammar = grammar
+        self.test = grammar.sample(tests, (seed, 1), device)
+        self.labelled = grammar.sample(PROBE_STRINGS, (seed, 3), device)
+        self.probe, self.unseen = [None], [None]
+        for l in range(1, grammar.L):
+            rules = [rule.clone() for rule in grammar.rules]
+            rules[l - 1][:, 0] = rules[l - 1][:, 1]
+            without = Grammar(grammar.v, grammar.s, grammar.m, grammar.L, rules)
+            self.probe.append(without.sample(PROBE_STRINGS, (seed, 4, l), device))
+            absent = tuple_codes(grammar.rules[l - 1][:, 0], grammar.v).to(device)
+            codes = tuple_codes(self.test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
+            self.unseen.append(torch.isin(codes, absent))
+
+
+def examine(features, exam):
+    """The unseen-synonym accuracy of every level l = 1..L-1, and what goes with it.
+
+    features: a function from (P, s^L) strings to a list which holds at place l what may know level l: a list of one or
+    more (P, s^(L-l), d) float tensors, such as the layers of a network. A linear probe reads h^(l) from the features of
+    its node. It is trained on strings from which a part of the level-(l-1) tuples is absent and tested on the nodes
+    that have these tuples: it can only be right if the features of synonyms are alike. Of several tensors the best one
+    counts, so compare with untrained features read in the same way. On tuples that the probe has seen it is right as
+    soon as level l-1 is readable, since it looks the parent up: no proof of anything, given for comparison.
+    Returns (unseen, seen, collapsed), lists over the levels: two accuracies, and whether the probe's answers on the
+    test strings are fewer than v different symbols."""
+    v, test, results = exam.grammar.v, features(exam.test[0]), []
+    for l in range(1, exam.grammar.L):
+        absent, found = exam.unseen[l], []
+        for train, fresh in zip(features(exam.probe[l][0])[l], test[l], strict=True):
+            answer = linear_probe(train.flatten(0, 1), exam.probe[l][l].flatten(), v)(fresh).argmax(2)
+            right = (answer == exam.test[l]).float()
+            found.append((right[absent].mean().item(), right[~absent].mean().item(), len(answer.unique()) < v))
+        results.append(max(found))
+    return tuple(map(list, zip(*results)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

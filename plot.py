@@ -69,11 +69,13 @@ def draw_depth(rows, path):
                 if row["method"] == method and not row["P50_lo"]:  # "> Pmax" or "< Pmin"
                     sign, bound = row["P50"].split()
                     axis.plot(row["L"] + shift, float(bound), fillstyle="none", **style)
-                    axis.annotate("", (row["L"] + shift, float(bound) * (1.8 if sign == ">" else 1 / 1.8)),
-                                  (row["L"] + shift, float(bound)), arrowprops={"arrowstyle": "->", "color": style["color"]})
+                    tip = float(bound) * (1.8 if sign == ">" else 1 / 1.8)
+                    axis.annotate("", (row["L"] + shift, tip), (row["L"] + shift, float(bound)),
+                                  arrowprops={"arrowstyle": "->", "color": colour})
         for name, law in GUIDES.items():
-            axis.plot(depths, [law(v, m, L) for L in depths], color="0.65", linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
-            axis.annotate(name, (depths[-1], law(v, m, depths[-1])), (6, 0), textcoords="offset points", color="0.4", va="center")
+            y = [law(v, m, L) for L in depths]
+            axis.plot(depths, y, color="0.65", linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
+            axis.annotate(name, (depths[-1], y[-1]), (6, 0), textcoords="offset points", color="0.4", va="center")
         axis.set(yscale="log", xlabel="depth $L$ (levels above the tokens)", xticks=depths)
         axis.set_title(f"v={v}, s={s}, m={m}", fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from grammar import Parser, accuracy, add_grammar_flags, grammar_from_flags, pick_device, real, whole
+from grammar import (
+    TEST_STRINGS, Parser, accuracy, add_grammar_flags, grammar_from_flags, linear_probe, pick_device, real, whole,
+)
 
 TARGETS = ("latent", "token")
 DETACH = ("none", "layers", "layers+clusterer")
-TEST_STRINGS = 4096  # fresh strings that the scores are taken on
-PROBE_STEPS = 300    # of the linear probes, full batch, Adam 3e-2
 
 
 FLAGS = {  # name: (default, type, help)
@@ -274,24 +274,14 @@ def score(stack, truth, v):
     return rows
 
 
-def probe(train_codes, train_labels, test_codes, test_labels, v):
-    """Accuracy on the test codes of a linear classifier trained on the training codes: (P, D) and (P,) each. A probe
-    can read symbols that were never merged, wherever d_h >= v m; the matching accuracy can't be deceived so."""
-    W = torch.zeros(train_codes.shape[1], v, device=train_codes.device, requires_grad=True)
-    b = torch.zeros(v, device=train_codes.device, requires_grad=True)
-    optimizer = torch.optim.Adam([W, b], 3e-2)
-    for _ in range(PROBE_STEPS):
-        optimizer.zero_grad()
-        F.cross_entropy(train_codes @ W + b, train_labels.long()).backward()
-        optimizer.step()
-    return float(((test_codes @ W + b).argmax(1) == test_labels).float().mean())
-
-
 def probes(stack, train, test, v):
-    """Linear probes of the frozen final code, for h^(L-1) at every position and for the root from all of them."""
+    """Accuracies of linear probes of the frozen final code, trained on the labels of the training strings: h^(L-1) at
+    every position, and the root from all of them. A probe can read symbols that were never merged, wherever
+    d_h >= v m; the matching accuracy can't be deceived so."""
     a, b = encode(stack, train[0])[-1], encode(stack, test[0])[-1]  # (P, s, d)
-    below = probe(a.flatten(0, 1), train[-2].flatten(), b.flatten(0, 1), test[-2].flatten(), v)
-    return below, probe(a.flatten(1), train[-1][:, 0], b.flatten(1), test[-1][:, 0], v)
+    below = linear_probe(a.flatten(0, 1), train[-2].flatten(), v)(b.flatten(0, 1)).argmax(1) == test[-2].flatten()
+    root = linear_probe(a.flatten(1), train[-1][:, 0], v)(b.flatten(1)).argmax(1) == test[-1][:, 0]
+    return below.float().mean().item(), root.float().mean().item()
 
 
 def recover(grammar, P, seed, target="latent", device="cpu", detach="none", combine="sum", **settings):

@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 import cluster
+import data2vec
 import predictor
 from grammar import Grammar, Parser, check_sizes, pick_device, whole
 
@@ -67,12 +68,16 @@ METHODS = {
     "predictor-layers": Method(predictor.recover, {"detach": "layers"}, "1"),  # the other three curves of figure 9
     "predictor-layers-noema": Method(predictor.recover, {"detach": "layers", "ema": 0.0}, "1"),
     "predictor-local-noema": Method(predictor.recover, {"detach": "layers+clusterer", "ema": 0.0}, "1"),
+    "data2vec": Method(data2vec.recover, {"target": "latent"}, "1"),
+    "data2vec-token": Method(data2vec.recover, {"target": "token"}, "m"),
+    "data2vec-stacked": Method(data2vec.recover, {"target": "stacked"}, "1"),
 }
 DEFAULT = ("cluster", "cluster-token", "cluster-root", "cluster-joint")
 SETTINGS = {  # what a row of runs.csv does not say, by file: other values mean another folder
     "sweep": {"format": 1, "recovered": RECOVERED, "rung": RUNG},
     "cluster": cluster.SETTINGS,
     "predictor": predictor.SETTINGS,
+    "data2vec": data2vec.SETTINGS,
 }
 
 
@@ -87,11 +92,19 @@ class Ladder(NamedTuple):
     seed: int
 
 
+def learner(method):
+    return method.split("-")[0]
+
+
+FIRST = {  # where ladders start, in (v, s, m), for each learner; the power of 2 at or below
+    "cluster": lambda v, s, m: v * m / (2 * s),     # fewer than half of the tuples of level L-2 can have been seen
+    "predictor": lambda v, s, m: v * m**2 / 2,      # a network's run is dearer, and as dear at a small P as at a large
+    "data2vec": lambda v, s, m: v * m**3 / 2,
+}
+
+
 def first_rung(ladder):
-    """For clustering the power of 2 at which fewer than half of the v m tuples of level L-2, s to a string, can have
-    been seen; for networks, which are dearer, v m^2 / 2 or the power of 2 below."""
-    v, s, m = ladder.v, ladder.s, ladder.m
-    return 2 ** max(0, int(np.log2(v * m / (2 * s) if learner(ladder.method) == "cluster" else v * m**2 / 2)))
+    return 2 ** max(0, int(np.log2(FIRST[learner(ladder.method)](ladder.v, ladder.s, ladder.m))))
 
 
 def last_rung(ladder, max_samples):
@@ -111,10 +124,6 @@ def next_rung(ladder, runs, max_samples):
             return None
         P *= RUNG
     return P if P <= last_rung(ladder, max_samples) else None
-
-
-def learner(method):
-    return method.split("-")[0]
 
 
 def climb(ladder, P, device):
@@ -280,7 +289,7 @@ def summarise(runs):
         else:
             cells[key] = f"{P50:.0f} [{low:.0f}, {high:.0f}]"
             known[key] = [P for (P, _), _ in seeds]
-    text = "Samples P* at which level L-1 is recovered (accuracy 0.5), geometric mean over the seeds [95 % interval].\n\n"
+    text = "Samples P* at which level L-1 is recovered (accuracy 0.5): geometric mean over the seeds [95 % interval]\n\n"
     return rows, text + depth_table(cells, known) + exponent_table(known)
 
 
@@ -307,7 +316,8 @@ def exponent_table(known):
         several = sorted(key[3] for key in known if (*key[:3], key[4]) == (method, v, s, L))
         if len(several) > 1:
             points = {np.log(m): known[(method, v, s, m, L)] for m in several}
-            table.append([method, v, s, L, f"{several[0]}..{several[-1]}", "{:.2f} [{:.2f}, {:.2f}]".format(*fit(points))])
+            exponent = "{:.2f} [{:.2f}, {:.2f}]".format(*fit(points))
+            table.append([method, v, s, L, f"{several[0]}..{several[-1]}", exponent])
     return "\n" + markdown(table) if len(table) > 1 else ""
 
 
@@ -403,7 +413,7 @@ def main():
     parser.add_argument("--max-samples", type=whole(1), default=2**20, help="longest P of a ladder (default 2^20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--jobs", type=whole(1), help="processes (default: one per core on a CPU, one on a GPU)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out"), help="folder of the results (default out)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out"), help="folder of results (default out)")
     args = parser.parse_args()
     methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
     for name in methods:
@@ -419,6 +429,8 @@ def main():
         Ladder(name, args.v, args.s, m, L, seed)
         for name in methods for m in args.m for L in args.depth for seed in range(args.seeds)
     ]
+    if 1 in args.m and any(learner(name) == "data2vec" for name in methods):
+        parser.error("argument --m: must be 2 or more for data2vec, which is measured on synonyms")
     lowest = max(map(first_rung, ladders))
     if args.max_samples < lowest:
         parser.error(f"argument --max-samples: a ladder starts at {lowest}; allow that or more")

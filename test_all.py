@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cluster
+import data2vec
 import grammar
 import plot
 import predictor
 import sweep
-from grammar import Grammar, accuracy
+from grammar import Exam, Grammar, accuracy, examine, linear_probe, tuple_codes
 
 HERE = Path(__file__).parent
 SIZES = [(8, 2, 4, 3), (5, 3, 7, 3), (3, 2, 3, 4), (256, 4, 5, 2), (256, 2, 256, 2)]  # v s m L, f = 1 among them
@@ -228,7 +230,7 @@ def test_unseen_tuples_are_unknown_and_so_is_all_above(monkeypatch):
     monkeypatch.setattr(cluster, "DENSE_TUPLES", 0)  # a binary search numbers the tuples in the same way
     assert all(map(torch.equal, cluster.fit(x, 8, 2).label(fresh), levels))
     wide, copy = fresh.long(), fresh.long()
-    assert all(map(torch.equal, tree.label(wide)[1:], levels[1:])) and torch.equal(wide, copy)  # any integers; unchanged
+    assert all(map(torch.equal, tree.label(wide)[1:], levels[1:])) and torch.equal(wide, copy)  # unchanged
 
 
 def test_kmeans_finds_planted_clusters_and_the_best_partition():
@@ -250,8 +252,8 @@ def test_kmeans_finds_planted_clusters_and_the_best_partition():
 
 def test_fit_refuses_bad_input():
     x = Grammar.random(4, 2, 2, 3, seed=0).sample(10, 0)[0]
-    for arguments in [(x[:, :6], 4, 2), (x[:, :2], 4, 2), (x[:0], 4, 2), (x, 3, 2), (x, 4, 2, "leaf"), (x, 4, 2, "root"),
-                      (x, 4, 2, "latent", None, "most"), (x, 4, 3)]:
+    for arguments in [(x[:, :6], 4, 2), (x[:, :2], 4, 2), (x[:0], 4, 2), (x, 3, 2), (x, 4, 2, "leaf"),
+                      (x, 4, 2, "root"), (x, 4, 2, "latent", None, "most"), (x, 4, 3)]:
         with pytest.raises(ValueError):
             cluster.fit(*arguments)
 
@@ -405,6 +407,324 @@ def test_same_seed_same_weights():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# data2vec.py
+
+
+TINY = {
+    "tree": data2vec.PRESETS["tree"]._replace(width=16, hidden=24, steps=3, batch=8),
+    "transformer": data2vec.PRESETS["transformer"]._replace(
+        width=16, hidden=24, steps=3, batch=8, attention_bias=True, dropout=0.1
+    ),
+}
+both = pytest.mark.parametrize("preset", TINY)
+
+
+def encoder(preset, seed=0, v=4, s=2, L=3):
+    return data2vec.build(v, s, L, TINY[preset], torch.Generator().manual_seed(seed))
+
+
+def strings(n=8, v=4, T=8, seed=0):
+    return torch.randint(v, (n, T), generator=torch.Generator().manual_seed(seed))
+
+
+def linear_heads(target, top, v=4, d=16):
+    count = top if target in ("stacked", "several") else 1
+    return torch.nn.ModuleList(torch.nn.Linear(d, v if target == "token" else d) for _ in range(count))
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_mask_hides_whole_aligned_blocks_at_its_rate(k):
+    random = torch.Generator().manual_seed(0)
+    hidden = data2vec.draw_mask(4000, 3, 3, 0.3, k, random)
+    assert hidden.shape == (4000, 27) and hidden.any(1).all()
+    blocks = hidden.view(4000, -1, 3**k)
+    assert (blocks.all(2) == blocks.any(2)).all()
+    n = 3 ** (3 - k)
+    expected = 0.3 + 0.7**n / n  # the one for certain adds a block to strings that have none
+    assert abs(blocks[..., 0].float().mean() - expected) < 0.02
+
+
+def test_mask_of_several_levels_gives_every_string_one_of_them():
+    hidden = data2vec.draw_mask(6000, 4, 2, 0.0, "mixed", torch.Generator().manual_seed(0))  # rate 0: one block each
+    sizes = hidden.sum(1)
+    for size in (1, 2, 4):
+        assert abs((sizes == size).float().mean() - 1 / 3) < 0.03
+    full = data2vec.draw_mask(5, 3, 2, 1.0, 0, torch.Generator().manual_seed(0))
+    assert full.all()
+
+
+@both
+@pytest.mark.parametrize("target", data2vec.TARGETS)
+def test_masked_tokens_do_not_reach_the_student(preset, target):
+    """Changing what is hidden leaves the student's maps bit for bit as they were; changing what is visible does not."""
+    student, teacher, top = encoder(preset), encoder(preset, 1), 2
+    x, random = strings(), torch.Generator().manual_seed(3)
+    hidden = data2vec.draw_mask(8, 3, 2, 0.3, 0, random)
+    seen = []
+    student.register_forward_hook(lambda module, inputs, maps: seen.append(maps))
+    heads = linear_heads(target, top)
+    for other in (x, torch.where(hidden, (x + 1) % 4, x), torch.where(hidden, x, (x + 1) % 4)):
+        data2vec.objective(student, teacher, heads, other, hidden, target, top)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1]))
+    assert not torch.equal(seen[0][-1], seen[2][-1])
+
+
+@both
+@pytest.mark.parametrize("target", data2vec.TARGETS)
+def test_loss_is_the_loop_over_masked_positions(preset, target):
+    """objective against one position at a time: only masked ones enter, the target's average over layers included."""
+    student, teacher, top, v = encoder(preset), encoder(preset, 1), 2, 4
+    x = strings()
+    hidden = data2vec.draw_mask(8, 3, 2, 0.3, 0, torch.Generator().manual_seed(3))
+    heads = linear_heads(target, top)
+    loss = data2vec.objective(student, teacher, heads, x, hidden, target, top)
+    own, whole = student(x.masked_fill(hidden, v)), teacher(x)
+
+    def standard(h):
+        return (h - h.mean()) / (h.var(correction=0) + 1e-5) ** 0.5
+
+    def huber(a, b):
+        gap = (a - b).abs()
+        return torch.where(gap < 4, gap**2 / 8, gap - 2).mean()
+
+    terms = []
+    for b, t in hidden.nonzero().tolist():
+        layers = [standard(h[b, t]) for h in whole[-top:]]
+        if target == "token":
+            terms.append(-F.log_softmax(heads[0](standard(own[-1][b, t])), 0)[x[b, t]])
+        elif target == "latent":
+            terms.append(huber(heads[0](standard(own[-1][b, t])), (layers[0] + layers[1]) / 2))
+        else:
+            source = own[-2:] if target == "stacked" else [own[-1]] * 2
+            terms.append(sum(huber(head(standard(h[b, t])), g) for head, h, g in zip(heads, source, layers)))
+    assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-4)
+
+
+@both
+def test_teacher_is_the_closed_form_average_without_gradient(preset):
+    """After k steps: ema^k start + (1 - ema) sum_i ema^(k-i) student_i, with the students recorded while training."""
+    settings, g, ema, k = TINY[preset]._replace(steps=5, ema=0.9), Grammar.random(4, 2, 2, 3, 0), 0.9, 5
+    teachers, students = [], []
+    follow = data2vec.follow
+
+    def recorded(teacher, student, rate):
+        students.append([p.detach().clone() for p in student.parameters()])
+        follow(teacher, student, rate)
+
+    def watch(step, loss, teacher):
+        assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+        teachers.append([p.clone() for p in teacher.parameters()])
+
+    data2vec.follow = recorded
+    try:
+        batches = data2vec.batches(g, 32, 0, settings, "cpu")
+        teacher, untrained = data2vec.fit(batches, 4, 2, 3, "latent", settings, 0, "cpu", watch)
+    finally:
+        data2vec.follow = follow
+    for j, (start, last) in enumerate(zip(untrained.parameters(), teacher.parameters())):
+        expected = ema**k * start + sum((1 - ema) * ema ** (k - i) * students[i - 1][j] for i in range(1, k + 1))
+        assert torch.allclose(last, expected, atol=1e-6)
+        assert torch.equal(last, teachers[-1][j])
+    assert any(not torch.equal(a, b) for a, b in zip(students[0], students[-1]))
+
+
+@both
+def test_maps_have_one_shape_and_the_tree_shares_what_its_nodes_share(preset):
+    net, x = encoder(preset), strings()
+    maps = net(x)
+    assert len(maps) == 3 and all(h.shape == (8, 8, 16) for h in maps)
+    if preset == "tree":
+        assert torch.equal(maps[0][:, 0], maps[0][:, 3]) and not torch.equal(maps[0][:, 3], maps[0][:, 4])
+        assert torch.equal(maps[1][:, 0], maps[1][:, 1]) and not torch.equal(maps[1][:, 1], maps[1][:, 2])
+    changed = x.clone()
+    changed[:, 7] = (x[:, 7] + 1) % 4
+    assert not torch.allclose(net(changed)[-1][:, 0], maps[-1][:, 0])  # the first token has seen the last
+
+
+@pytest.mark.parametrize("l", [1, 2, 3])
+def test_synonym_swap_keeps_what_is_above_and_generic_swap_changes_the_parent(l):
+    g = Grammar.random(8, 3, 4, 3, 1)
+    levels = g.sample(600, 5)
+    synonym, node = g.swap(levels, l, "synonym", 2)
+    generic, same = g.swap(levels, l, "generic", 2)
+    rows = torch.arange(600)
+    assert torch.equal(node, same)
+    assert all(torch.equal(a, b) for a, b in zip(g.parse(synonym[0]), synonym))  # still a derivation
+    assert all(torch.equal(synonym[k], levels[k]) for k in range(l, 4))
+    for swapped in (synonym, generic):
+        for k in range(l + 1):  # nothing outside the node changes
+            new, old = (h[k].view(600, -1, 3 ** (l - k)).clone() for h in (swapped, levels))
+            if k < l:
+                assert (new[rows, node] != old[rows, node]).any(1).float().mean() > 0.9
+            new[rows, node] = old[rows, node]
+            assert torch.equal(new, old)
+        assert (swapped[l - 1].view(600, -1, 3)[rows, node] != levels[l - 1].view(600, -1, 3)[rows, node]).any(1).all()
+    share = (generic[l][rows, node] != levels[l][rows, node]).float().mean()
+    assert abs(share - 28 / 31) < 0.06  # of the 31 other tuples, 28 have another parent
+    assert all(torch.equal(generic[k], levels[k]) for k in range(l + 1, 4))
+    single = Grammar.random(8, 3, 1, 3, 1)
+    with pytest.raises(ValueError, match="m = 1"):
+        single.swap(single.sample(5, 0), 1, "synonym")
+    with pytest.raises(ValueError, match="1 to L = 3"):
+        g.swap(levels, 4, "generic")
+
+
+def test_probes_read_planted_features_and_nothing_else():
+    random = torch.Generator().manual_seed(0)
+    labels, test = (torch.randint(8, (n,), generator=random) for n in (2048, 4096))
+    planted = torch.randn(8, 32, generator=random)
+    for fit in (linear_probe, lambda *data: data2vec.mlp_probe(*data, steps=300, lr=1e-2)):
+        for signal, low, high in ((1.0, 0.99, 1.0), (0.0, 0.08, 0.17)):
+            train, fresh = (
+                signal * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random) for y in (labels, test)
+            )
+            right = (fit(train, labels, 8)(fresh).argmax(1) == test).float().mean()
+            assert low <= right <= high, (signal, right)
+
+
+class Oracle(torch.nn.Module):
+    """An encoder that parses: its only map shows, at every position, a random vector per symbol of level `level`, or
+    per level-(level-1) tuple if `raw`, which knows the tuple but not that it has synonyms."""
+
+    def __init__(self, g, level, raw):
+        super().__init__()
+        self.g, self.level, self.raw = g, level, raw
+        size = g.v**g.s if raw else g.v
+        self.vectors = torch.randn(size, 64, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, x, random=None):
+        levels = self.g.parse(x)
+        ids = levels[self.level].long()
+        if self.raw:
+            ids = tuple_codes(levels[self.level - 1].unflatten(1, (-1, self.g.s)), self.g.v)
+        return [self.vectors[ids].repeat_interleave(self.g.s**self.level, 1)]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_unseen_synonym_accuracy_tells_knowing_a_level_from_looking_it_up(level):
+    g = Grammar.random(8, 2, 3, 3, 0)
+    exam = Exam(g, 0, tests=1024)
+    unseen, seen, collapsed = examine(data2vec.readout(Oracle(g, level, raw=False), 2, 3), exam)
+    assert unseen[level - 1] == 1 and seen[level - 1] == 1 and not collapsed[level - 1]
+    unseen, seen, _ = examine(data2vec.readout(Oracle(g, level, raw=True), 2, 3), exam)
+    assert seen[level - 1] > 0.99 and unseen[level - 1] < 0.4
+    for l in range(1, 3):  # the absent tuples are absent from the probe's strings, and are those that are scored
+        codes = tuple_codes(exam.probe[l][l - 1].unflatten(1, (-1, 2)), 8).unique()
+        absent = tuple_codes(exam.test[l - 1].unflatten(1, (-1, 2)), 8)[exam.unseen[l]].unique()
+        assert len(codes) == 16 and len(absent) == 8 and not set(codes.tolist()) & set(absent.tolist())
+        assert all(torch.equal(a, b) for a, b in zip(g.parse(exam.probe[l][0]), exam.probe[l]))
+    with pytest.raises(ValueError, match="m = 1"):
+        Exam(Grammar.random(8, 2, 1, 3, 0), 0)
+
+
+def test_synonym_score_is_one_for_latents_and_about_zero_for_tuples(monkeypatch):
+    g = Grammar.random(8, 2, 3, 3, 0)
+    exam = Exam(g, 0, tests=1024)
+    monkeypatch.setattr(Grammar, "parse", lambda self, x: plain_parse(self, x))
+    assert data2vec.synonym_scores(Oracle(g, 1, raw=False), exam)[0, 0] == 1
+    assert abs(data2vec.synonym_scores(Oracle(g, 1, raw=True), exam)[0, 0]) < 0.1
+
+
+def plain_parse(g, x):
+    """Level 1 of strings that may have no derivation: all that a swap on level 1 needs."""
+    tuples = x.unflatten(1, (-1, g.s))
+    found = (tuples[:, :, None] == g.rules[0].reshape(-1, g.s).to(x)).all(3)
+    return [x, found.int().argmax(2) // g.m]
+
+
+class Constant(torch.nn.Module):
+    def forward(self, x, random=None):
+        return [torch.ones(*x.shape, 16)]
+
+
+def test_collapse_is_seen():
+    exam = Exam(Grammar.random(8, 2, 3, 3, 0), 0, tests=512)
+    assert examine(data2vec.readout(Constant(), 2, 3), exam)[2] == [True, True]
+    std, rank = data2vec.spread(Constant(), exam, 3)
+    assert std < 1e-6
+    vectors = torch.eye(8).repeat_interleave(8, 1) * 2 - 1  # eight patterns: rank at most 7
+
+    class Patterns(torch.nn.Module):
+        def forward(self, x, random=None):
+            return [vectors[x]]
+
+    std, rank = data2vec.spread(Patterns(), exam, 3)
+    assert std > 0.5 and 4 < rank <= 7.001
+
+
+@both
+def test_it_runs_alone_and_its_checkpoint_loads(preset, tmp_path, monkeypatch, capsys):
+    """The command line on a tiny run: a table, a trace, and weights that give the same maps again."""
+    kept = []
+    fit = data2vec.fit
+    monkeypatch.setattr(data2vec, "fit", lambda *arguments: kept.append(fit(*arguments)) or kept[-1])
+    flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target several".split()
+    flags += ["--preset", preset, "--trace", str(tmp_path / "trace.csv"), "--save", str(tmp_path / "encoder.pt")]
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags])
+    data2vec.main()
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("level 1", "level 2", "unseen synonyms", "MLP probe", "untrained"))
+    header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
+    assert header == "step,loss,target std,rank,unseen 1,unseen 2,synonyms 1,synonyms 2" and len(rows) == 2
+    x = strings()
+    assert all(torch.equal(a, b) for a, b in zip(data2vec.load(tmp_path / "encoder.pt")(x), kept[0][0](x)))
+
+
+@both
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone(preset):
+    g, before = Grammar.random(4, 2, 2, 3, 0), torch.random.get_rng_state()
+    settings = TINY[preset]
+    runs = [data2vec.fit(data2vec.batches(g, 64, seed, settings, "cpu"), 4, 2, 3, "stacked", settings, seed)[0]
+            for seed in (5, 5, 6)]
+    same = [torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[1].parameters())]
+    assert all(same)
+    assert any(not torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[2].parameters()))
+    torch.nn.Linear(2, 2)  # what the modules' own constructors draw is overwritten, so nothing depends on it
+    torch.manual_seed(99)
+    again = data2vec.fit(data2vec.batches(g, 64, 5, settings, "cpu"), 4, 2, 3, "stacked", settings, 5)[0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].parameters(), again.parameters()))
+    torch.random.set_rng_state(before)
+
+
+def test_offline_repeats_p_strings_and_online_never():
+    g, settings = Grammar.random(8, 2, 4, 4, 0), TINY["tree"]._replace(steps=150, batch=16)
+    x = torch.cat(list(data2vec.batches(g, 20, 3, settings, "cpu")))
+    train = {tuple(row) for row in g.sample(20, 3)[0].tolist()}
+    assert x.shape == (2400, 16) and x.dtype == torch.int64 and {tuple(row) for row in x.tolist()} == train
+    x = torch.cat(list(data2vec.batches(g, 20, 3, settings._replace(regime="online"), "cpu")))
+    assert x.shape == (2400, 16) and len(x.unique(dim=0)) > 2390
+
+
+@pytest.mark.parametrize("target", data2vec.TARGETS)
+def test_recover_keeps_the_sweeps_contract(target):
+    g = Grammar.random(4, 2, 2, 3, 0)
+    accuracy, collapsed = data2vec.recover(g, 32, 0, target, steps=3, batch=8, width=16, hidden=16)
+    assert len(accuracy) == len(collapsed) == 2
+    assert all(isinstance(a, float) and 0 <= a <= 1 for a in accuracy) and all(isinstance(c, bool) for c in collapsed)
+
+
+@pytest.mark.parametrize("target", ["latent", "token"])
+def test_it_learns(target):
+    """Level 1 of a small grammar, where an untrained encoder is near chance, in a few hundred steps."""
+    g = Grammar.random(8, 2, 3, 3, 100)
+    floor, _ = data2vec.recover(g, 1024, 100, target, steps=1)
+    accuracy, _ = data2vec.recover(g, 1024, 100, target, steps=500)
+    assert floor[0] < 0.4 and accuracy[0] > 0.6
+
+
+def test_best_of_several_maps_counts():
+    """examine on two tensors, one that knows level 1 and one of noise, is as good as the one."""
+    g = Grammar.random(8, 2, 3, 3, 0)
+    exam = Exam(g, 0, tests=512)
+    oracle, noise = data2vec.readout(Oracle(g, 1, raw=False), 2, 3), torch.Generator().manual_seed(0)
+
+    def features(x):
+        return [[torch.randn(h[0].shape, generator=noise), *h] for h in oracle(x)]
+
+    assert examine(features, exam)[0][0] == examine(oracle, exam)[0][0] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # sweep.py and plot.py
 
 
@@ -441,7 +761,7 @@ def test_ladder_ends_after_two_recovered_rungs():
     assert sweep.next_rung(ladder, runs | {128: [1, 1]}, 1000) is None
 
 
-SMALL = ["--depth", "2,3", "--seeds", "2", "--methods", "cluster,cluster-root", "--max-samples", "4096", "--device", "cpu"]
+SMALL = "--depth 2,3 --seeds 2 --methods cluster,cluster-root --max-samples 4096 --device cpu".split()
 
 
 def run_sweep(out, **arguments):
@@ -480,24 +800,27 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("script, arguments, flag", [
-    ("sweep", "--m 9", "--m"), ("sweep", "--m 0", "--m"), ("sweep", "--m 4..x", "--m"), ("sweep", "--depth 1..3", "--depth"),
-    ("sweep", "--depth 6..2", "--depth"), ("sweep", "--depth 2..4..6", "--depth"), ("sweep", "--depth 40", "--depth"),
-    ("sweep", "--v 1", "--v"), ("sweep", "--v 300", "--v"), ("sweep", "--s 1", "--s"), ("sweep", "--s 62", "--s"),
-    ("sweep", "--seeds 0", "--seeds"), ("sweep", "--max-samples 0", "--max-samples"), ("sweep", "--max-samples 4", "--max"),
-    ("sweep", "--device tpu", "--device"), ("sweep", "--device cuda", "--device"), ("sweep", "--jobs 0", "--jobs"),
-    ("sweep", "--methods cluster,magic", "--methods"), ("sweep", "--out FILE", "--out"), ("sweep", "--seed 3", "--seed"),
-    ("cluster", "--samples 0", "--samples"), ("cluster", "--depth 1", "--depth"), ("cluster", "--m 9", "--m"),
-    ("cluster", "--target leaf", "--target"), ("cluster", "--device tpu", "--device"), ("cluster", "--v two", "--v"),
-    ("predictor", "--codes 3", "--codes"), ("predictor", "--target root", "--target"), ("predictor", "--lr x", "--lr"),
-    ("predictor", "--ema 2", "--ema"), ("predictor", "--steps 0", "--steps"), ("predictor", "--samples 0", "--samples"),
-    ("grammar", "--m 9", "--m"), ("grammar", "--samples -1", "--samples"), ("grammar", "--save NOWHERE/x.npz", "--save"),
-    ("plot", "NOWHERE", "out"),
-])
-def test_bad_input_gets_one_line(script, arguments, flag, tmp_path, monkeypatch, capsys):
+BAD = """
+    sweep --m 9 | --m 0 | --m 4..x | --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40 | --v 1 | --v 300
+    sweep --m 1 --methods data2vec
+    sweep --s 1 | --s 62 | --seeds 0 | --max-samples 0 | --max-samples 4 | --device tpu | --device cuda | --jobs 0 | --seed 3
+    sweep --methods cluster,magic | --out FILE
+    cluster --samples 0 | --depth 1 | --m 9 | --target leaf | --device tpu | --v two
+    predictor --samples 0 | --codes 3 | --target root | --lr x | --ema 2 | --steps 0 | --m 9
+    data2vec --target labels | --mask 1.5 | --mask-block 3 | --mask-block x | --m 1 | --save NOWHERE/x.pt | --steps 0
+    data2vec --preset gpu | --lr nan | --width 30 --preset transformer
+    grammar --m 9 | --samples -1 | --save NOWHERE/x.npz
+    plot NOWHERE
+"""
+BAD = [(line.split()[0], flag) for line in BAD.strip().splitlines() for flag in line.split(None, 1)[1].split(" | ")]
+
+
+@pytest.mark.parametrize("script, arguments", BAD)
+def test_bad_input_gets_one_line(script, arguments, tmp_path, monkeypatch, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("the device is there")
     (tmp_path / "file").write_text("mine")
+    flag = arguments.split()[0] if arguments[0] == "-" else "out"
     arguments = arguments.replace("FILE", str(tmp_path / "file")).replace("NOWHERE", str(tmp_path / "nowhere"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
@@ -513,8 +836,9 @@ MINE = json.dumps({name: sweep.SETTINGS[name] for name in ("sweep", "cluster")})
 
 
 @pytest.mark.parametrize("runs, settings", [
-    ("a,b\n1,2\n", MINE), (GOOD.replace(",collapsed", ""), MINE), (GOOD + "cluster,8,2,4,2,16,0,2,0.5,0.1,cpu,0\n", MINE),
-    (GOOD + "nonsense\n", MINE), (GOOD, None), (GOOD, "{"), (GOOD, '{"sweep": {"rung": 3}}'), ("\x00\xff", MINE), (GOOD, "7"),
+    ("a,b\n1,2\n", MINE), (GOOD.replace(",collapsed", ""), MINE), (GOOD + GOOD.splitlines()[1][:-4] + "\n", MINE),
+    (GOOD + GOOD.splitlines()[1].replace(",0,1,", ",0,2,") + "\n", MINE), (GOOD + "nonsense\n", MINE),
+    ("\x00\xff", MINE), (GOOD, None), (GOOD, "{"), (GOOD, "7"), (GOOD, '{"sweep": {"rung": 3}}'),
 ])
 def test_foreign_results_are_refused_and_left_alone(runs, settings, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs.csv").write_bytes(runs.encode("latin-1"))
