@@ -9,7 +9,9 @@ L-1 modules of one form stand on top of each other. Module l turns s^(L-l) codes
   predictor   tuple -> phi, a distribution for every element of every cousin tuple (the other tuples under the same
               grandparent), from every child position the tuple could have. Cross-entropy to the target's codes:
                 latent  the level-l codes of a teacher, the moving average of the network: v m^3 strings on every level
-                token   the raw tokens under the cousins: 2 levels and l more to go, v m^(l+2)
+                token   the raw tokens under the cousins, l levels further down: v m^(l+3)
+                joint   latent, and the teacher's own symbol for the cousin, a level up; ours: as in cluster.py, what is
+                        being learned sharpens what is learned from
   clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi are pulled to the
               same code, others to different ones.
 Labels are used in the scores alone. The exact losses are not public; what we chose is said where it is done.
@@ -30,7 +32,7 @@ from grammar import (
     TEST_STRINGS, Parser, accuracy, add_grammar_flags, grammar_from_flags, linear_probe, pick_device, real, whole,
 )
 
-TARGETS = ("latent", "token")
+TARGETS = ("latent", "token", "joint")
 DETACH = ("none", "layers", "layers+clusterer")
 
 
@@ -90,8 +92,10 @@ class Module(nn.Module):
 
 
 def build(s, L, d, hidden, target, random):
-    """The L-1 modules, weights drawn from the CPU generator random. An element is a symbol of level l or a token."""
-    stack = nn.ModuleList(Module(s, d, hidden, s ** (l + 1) if target == "token" else s) for l in range(L - 1))
+    """The L-1 modules, weights drawn from the CPU generator random. Under a cousin on level l there are s symbols of
+    level l or s^(l+1) tokens to predict, and for joint its own symbol besides."""
+    elements = {"latent": [s] * L, "token": [s ** (l + 1) for l in range(L)], "joint": [s + 1] * L}[target]
+    stack = nn.ModuleList(Module(s, d, hidden, elements[l]) for l in range(L - 1))
     for module in stack:
         module.reset(random)
     return stack
@@ -192,16 +196,22 @@ def losses(student, teacher, x, v, target, detach, random, settings):
     out = []
     for l, module in enumerate(student):
         log_phi, above = module(codes, local="clusterer" in detach)
-        prediction, gain = prediction_loss(log_phi, tokens if target == "token" else wanted)
+        if target == "joint" or target == "latent" and l < len(student) - 1:
+            with torch.no_grad():
+                lifted = above.detach() if teacher is None else teacher[l](wanted)[1]
+        seen = tokens if target == "token" else wanted  # the prediction target
+        if target == "joint":
+            families = wanted.unflatten(1, (-1, module.s)), lifted[:, :, None]  # a tuple's symbols, and its parent
+            seen = torch.cat(families, 2).flatten(1, 2)
+        prediction, gain = prediction_loss(log_phi, seen)
         phi, items = log_phi.detach().exp().flatten(1), above.reshape(-1, module.d)
         if len(items) > 2 * len(x):  # enough pairs; the paper takes 300
             some = torch.randperm(len(items), generator=random)[: 2 * len(x)].to(x.device)
             phi, items = phi[some], items[some]
         gate = (gain / settings.gate).clamp(0, 1) if settings.gate else 1.0  # first predict, then cluster
         out += [prediction, gate * clustering_loss(items, likeness(phi, v), settings.separation)]
-        if target == "latent" and l < len(student) - 1:
-            with torch.no_grad():
-                wanted = above.detach() if teacher is None else teacher[l](wanted)[1]
+        if target != "token" and l < len(student) - 1:
+            wanted = lifted
         codes = above if detach == "none" else above.detach()
     return out
 

@@ -64,6 +64,7 @@ METHODS = {
     "cluster-element": Method(cluster.recover, {"target": "latent", "context": "element"}, "1"),
     "predictor": Method(predictor.recover, {"target": "latent"}, "1"),
     "predictor-token": Method(predictor.recover, {"target": "token"}, "m"),
+    "predictor-joint": Method(predictor.recover, {"target": "joint"}, "1"),
     "predictor-token-long": Method(predictor.recover, {"target": "token", "steps": 1600}, "m"),  # is it steps or data?
     "predictor-layers": Method(predictor.recover, {"detach": "layers"}, "1"),  # the other three curves of figure 9
     "predictor-layers-noema": Method(predictor.recover, {"detach": "layers", "ema": 0.0}, "1"),
@@ -289,7 +290,8 @@ def summarise(runs):
         else:
             cells[key] = f"{P50:.0f} [{low:.0f}, {high:.0f}]"
             known[key] = [P for (P, _), _ in seeds]
-    text = "Samples P* at which level L-1 is recovered (accuracy 0.5): geometric mean over the seeds [95 % interval]\n\n"
+    text = "P*, the samples at which level L-1 is recovered (accuracy 0.5): geometric mean over the seeds [95 % interval]"
+    text += "\n\n"
     return rows, text + depth_table(cells, known) + exponent_table(known)
 
 
