@@ -13,7 +13,8 @@ group the v*m tuples of every level into v groups of synonyms.
 From top to bottom: the grammar (rules, sampling, parsing), its exact population statistics, the score of recovered
 levels against the truth, and the few lines of command line that all scripts share.
 
-Measured by --bench on one core of a 2-core x86 virtual machine (numpy 2.4, v=8 s=2 m=4 L=6): BENCH_LINE
+Measured by --bench on one core of a 2-core x86 virtual machine (numpy 2.4, v=8 s=2 m=4 L=6): 795 million tokens per
+second, 12 times the plain sampler of the same run (66 million), a 36th of a memory copy.
 """
 
 import argparse

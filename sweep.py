@@ -1,7 +1,8 @@
 """
 The table: how many samples P* each learner needs, against the depth of the grammar. Learners x targets x depths.
 
-    python sweep.py --depth 2..6                                   all of the default methods, v=8 s=2 m=4
+    python sweep.py --depth 2..6                                   clustering for four targets, v=8 s=2 m=4
+    python sweep.py --depth 2..6 --seeds 3 --methods predictor     adds the network's row to the same table
     python sweep.py --depth 4 --m 3..6 --methods cluster,cluster-joint --out out/m
 
 For every method, depth, m and seed it climbs a ladder of sample sizes P, each twice the last, until the highest
@@ -15,7 +16,7 @@ sizes from which on the accuracy of level L-1 stays above 0.5 and 0.9, interpola
   samples_vs_depth.png     drawn by plot.py, where matplotlib is installed
 Stop it at any time: the same command continues. Other methods, depths, m, seeds or longer ladders add to the folder.
 
-HEADLINE
+The first command takes 19 s on 2 cores of an x86 virtual machine (torch 2.13), the second 6 minutes.
 """
 
 import csv
@@ -450,6 +451,9 @@ def main():
         raise SystemExit(130)
     sort_runs(args.out)
     print(write_summary(args.out, runs))
+    missing = [name for name in METHODS if name not in {ladder.method for ladder in runs}]
+    if missing:
+        print(f"not in this table: {', '.join(missing)}; networks take minutes a row, and --methods adds them")
     try:
         import plot  # matplotlib is its business alone, and a table without a picture is fine
     except ImportError:
