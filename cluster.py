@@ -16,8 +16,8 @@ All depends on what is predicted. Every level that lies between a tuple and its 
   root    the root label, L-l levels up: v m^(L-l), and so v m^L for the first step;
   joint   the cousin tuple itself, one of v m: the table of cousin pairs is clustered from both sides, v m^2.
 
-Measured by `python sweep.py --depth 2..6` (v=8 s=2 m=4, 5 seeds, 19 s on 2 cores of an x86 virtual machine, torch 2.13):
-per level from L = 3 to 6, P* grows by 1.02 [0.94, 1.11] for latent, 4.22 [3.71, 4.83] for token, 4.70 [4.03, 5.51]
+Measured by `python sweep.py --depth 2..6` (v=8 s=2 m=4, 5 seeds, 19 s on 2 x86 cores, torch 2.13): per
+level from L = 3 to 6, P* grows by 1.02 [0.94, 1.11] for latent, 4.22 [3.71, 4.83] for token, 4.70 [4.03, 5.51]
 for root and 0.95 [0.93, 0.98] for joint. Against the paper's figure 3 see README.md.
 """
 
@@ -25,7 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from grammar import TEST_STRINGS, Parser, accuracy, add_grammar_flags, grammar_from_flags, pick_device, tuple_codes
+from grammar import (
+    TEST_STRINGS, Parser, accuracy, add_grammar_flags, cousins, depth_of, grammar_from_flags, pick_device, tuple_codes,
+)
 
 TARGETS = ("latent", "token", "root", "joint")
 CONTEXTS = ("element", "cousins", "all")
@@ -102,7 +104,7 @@ def count(h, support, target, context, v, x, root):
     K, s = len(support.codes), support.s
     if context != "all":
         h, x = h[:, : s * s], x[:, : s * s * x.shape[1] // h.shape[1]]  # the first grandparent alone
-    others = torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=h.device)  # (s, s-1) cousins
+    others = cousins(s, h.device)
     symbols = K if target == "joint" else v
     total = 0
     for rows in chunks(x):
@@ -232,11 +234,7 @@ def fit(x, v, s, target="latent", root=None, context="all", seed=0):
     position and a single target: the algorithm as printed. Works on x's device. Returns a Tree.
     Raises ValueError if x is empty, its length is no power of s from s^2 on, a symbol is out of range, the target or
     the context is unknown, or root is missing."""
-    L, length = 0, x.shape[1] if x.ndim == 2 else 0
-    while length > 1 and length % s == 0:
-        L, length = L + 1, length // s
-    if x.ndim != 2 or len(x) == 0 or length != 1 or L < 2:
-        raise ValueError(f"x must be (P, s^L) with P >= 1 and L >= 2, not {tuple(x.shape)} for s = {s}")
+    L = depth_of(x, s)
     if int(x.min()) < 0 or int(x.max()) >= v:
         raise ValueError(f"symbols must lie in 0..v-1 = {v - 1}, not {int(x.min())}..{int(x.max())}")
     if target not in TARGETS or context not in CONTEXTS:

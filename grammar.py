@@ -244,6 +244,21 @@ def generator(stream, seed):
     return np.random.default_rng([int.from_bytes(stream.encode()[:4], "little"), len(seed), *seed])
 
 
+def depth_of(x, s):
+    """L of strings x, (P, s^L). Raises ValueError unless there is a string and L is a whole number, 2 or more."""
+    L, length = 0, x.shape[1] if x.ndim == 2 else 0
+    while length > 1 and length % s == 0:
+        L, length = L + 1, length // s
+    if length != 1 or L < 2 or len(x) == 0:
+        raise ValueError(f"x must be (P, s^L) with P >= 1 and L >= 2, not {tuple(x.shape)} for s = {s}")
+    return L
+
+
+def cousins(s, device="cpu"):
+    """(s, s-1) int64: row i holds the child positions of the cousins of a tuple at child position i."""
+    return torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=device)
+
+
 def tuple_codes(tuples, v):
     """(..., s) integer tensor of tuples -> (...) int64, the number that the tuple spells in base v."""
     code = tuples[..., 0].to(torch.int64, copy=True)

@@ -31,7 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Parser, accuracy, add_grammar_flags, grammar_from_flags, linear_probe, pick_device, real, whole,
+    TEST_STRINGS, Parser, accuracy, add_grammar_flags, cousins, depth_of, grammar_from_flags, linear_probe, pick_device,
+    real, whole,
 )
 
 TARGETS = ("latent", "token", "joint")
@@ -126,11 +127,6 @@ def one_hot(x, d):
 # the losses
 
 
-def cousins(s, device="cpu"):
-    """(s, s-1) int64: row i holds the child positions of the cousins of a tuple at child position i."""
-    return torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=device)
-
-
 def prediction_loss(log_phi, target):
     """Cross-entropy to the codes under the cousins, a tuple at child position i using its heads for i alone.
 
@@ -158,8 +154,8 @@ def likeness(phi, v):
 
     The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: phi is centred and whitened over the
     batch, as some parents have nearly the same contexts; the ridge is the mean variance of v-1 directions, the number
-    in which v parents differ. And the threshold lies between the cosines of synonyms, about
-    1/v of all pairs, and those of the pairs that come next: both depend on v, m, s and on how well phi is known."""
+    in which v parents differ. And the threshold lies between the cosines of synonyms, about 1/v of all pairs, and those
+    of the pairs that come next: both depend on v, m, s and on how well phi is known."""
     phi = phi - phi.mean(0)
     covariance = phi.T @ phi
     ridge = covariance.diagonal().sum() / (v - 1) + 1e-12
@@ -237,11 +233,7 @@ def train(x, v, s, target="latent", detach="none", combine="sum", seed=0, report
     d = settings.codes or 5 * v // 4
     if d < v:
         raise ValueError(f"codes = {d}: allowed is v = {v} or more (0 for 5 v / 4), as tokens are codes too")
-    L, length = 0, x.shape[1]
-    while length > 1:
-        L, length = L + 1, length // s
-    if L < 2 or s**L != x.shape[1]:
-        raise ValueError(f"x must be (P, s^L) with L >= 2, not {tuple(x.shape)} for s = {s}")
+    L = depth_of(x, s)
     if combine == "upgrad":
         from torchjd.aggregation import UPGrad
         from torchjd.autojac import backward, jac_to_grad

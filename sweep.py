@@ -106,6 +106,7 @@ FIRST = {  # where ladders start, in (v, s, m), for each learner; the power of 2
 
 
 def first_rung(ladder):
+    """The P that a ladder starts at, a power of 2."""
     return 2 ** max(0, int(np.log2(FIRST[learner(ladder.method)](ladder.v, ladder.s, ladder.m))))
 
 
@@ -291,8 +292,8 @@ def summarise(runs):
         else:
             cells[key] = f"{P50:.0f} [{low:.0f}, {high:.0f}]"
             known[key] = [P for (P, _), _ in seeds]
-    text = "P*, the samples at which level L-1 is recovered (accuracy 0.5): geometric mean over the seeds [95 % interval]"
-    text += "\n\n"
+    text = "P*, the samples at which level L-1 is recovered (accuracy 0.5): "
+    text += "geometric mean over the seeds [95 % interval]\n\n"
     return rows, text + depth_table(cells, known) + exponent_table(known)
 
 

@@ -803,8 +803,8 @@ def files(folder):
 BAD = """
     sweep --m 9 | --m 0 | --m 4..x | --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40 | --v 1 | --v 300
     sweep --m 1 --methods data2vec
-    sweep --s 1 | --s 62 | --seeds 0 | --max-samples 0 | --max-samples 4 | --device tpu | --device cuda | --jobs 0 | --seed 3
-    sweep --methods cluster,magic | --out FILE
+    sweep --s 1 | --s 62 | --seeds 0 | --max-samples 0 | --max-samples 4 | --device tpu | --device cuda | --jobs 0
+    sweep --seed 3 | --methods cluster,magic | --out FILE
     cluster --samples 0 | --depth 1 | --m 9 | --target leaf | --device tpu | --v two
     predictor --samples 0 | --codes 3 | --target root | --lr x | --ema 2 | --steps 0 | --m 9
     data2vec --target labels | --mask 1.5 | --mask-block 3 | --mask-block x | --m 1 | --save NOWHERE/x.pt | --steps 0
