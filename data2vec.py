@@ -41,15 +41,15 @@ BETAS, CLIP, BETA = (0.9, 0.98), 1.0, 4.0  # the paper's: of AdamW, of the gradi
 PIECE = 512  # strings encoded at a time when measuring
 
 
-def level_or_mixed(text):
-    """An argparse type: a level, or the word mixed."""
-    return text if text == "mixed" else whole(0, 24)(text)
+def blocks(text):
+    """An argparse type: a level, or one of two words."""
+    return text if text in ("mixed", "top") else whole(0, 24)(text)
 
 
 TABLE = (  # setting, type, then its value in the presets tree, transformer and paper, then what it is
     ("encoder", str, "tree", "transformer", "transformer", "tree or transformer"),
-    ("width", whole(4, 2**14), 64, 64, 2048, "d, features per position; a multiple of heads"),
-    ("hidden", whole(1, 2**16), 128, 128, 8192, "hidden units of the two-layer networks"),
+    ("width", whole(4, 2**14), 32, 64, 2048, "d, features per position; a multiple of heads"),
+    ("hidden", whole(1, 2**16), 64, 128, 8192, "hidden units of the two-layer networks"),
     ("layers", whole(1, 100), 3, 3, 8, "transformer blocks; the tree has one up and one down for every level"),
     ("heads", whole(1, 256), 4, 4, 32, "of the transformer's attention"),
     ("attention_bias", bool, False, False, False, "transformer: a learned T x T bias for every head"),
@@ -59,11 +59,11 @@ TABLE = (  # setting, type, then its value in the presets tree, transformer and 
     ("steps", whole(1), 4000, 4000, 262144, "optimiser steps"),
     ("batch", whole(1, 2**20), 64, 64, 512, "strings per step"),
     ("mask", real(0, 1), 0.3, 0.3, 0.15, "probability that a position is masked; one in every string is"),
-    ("mask_block", level_or_mixed, "mixed", "mixed", 0, "level k of the nodes that are masked, all s^k tokens beneath "
-     "at once: 0, single tokens, to L-1; or mixed, every string draws one level from 0 to L-2"),
+    ("mask_block", blocks, "mixed", "mixed", 0, "level k of the nodes that are masked, all s^k tokens beneath at once: "
+     "0, single tokens, to L-1; top, which is L-2; or mixed, every string draws one level from 0 to L-2"),
     ("ema", real(0, 1), 0.97, 0.97, 0.99, "share of the teacher that remains after a step"),
-    ("lr", real(0, 1), 2e-3, 3e-3, 1e-4, "learning rate of AdamW for targets other than token"),
-    ("lr_token", real(0, 1), 2e-3, 3e-3, 1e-4, "learning rate of AdamW for target token"),
+    ("lr", real(0, 1), 4e-3, 3e-3, 1e-4, "learning rate of AdamW for targets other than token"),
+    ("lr_token", real(0, 1), 4e-3, 3e-3, 1e-4, "learning rate of AdamW for target token"),
     ("decay", real(0, 10), 0.3, 0.1, 0.01, "weight decay of AdamW, on matrices and embeddings, times lr per step"),
     ("warmup", whole(1), 100, 100, 1, "steps over which the learning rate rises to its value"),
 )
@@ -175,10 +175,11 @@ def draw_mask(B, L, s, rate, block, random):
     """(B, s^L) bool on the generator's device, True where the token is hidden.
 
     Every node of level block is hidden, that is, all s^block tokens beneath it, with probability rate, and one in every
-    string for certain. Level 0 hides single tokens, whose siblings are mostly visible. "mixed": every string draws its
-    level from 0..L-2, so that some siblings are hidden at every level that can be learned from them."""
+    string for certain. Level 0 hides single tokens, whose siblings are mostly visible; level L-2, "top", leaves nothing
+    but cousins of the highest level to predict from. "mixed": every string draws its level from 0..L-2, so that some
+    siblings are hidden at every level that can be learned from them."""
     masks = []
-    for k in range(max(1, L - 1)) if block == "mixed" else [block]:
+    for k in {"mixed": range(L - 1), "top": [L - 2]}.get(block, [block]):
         draw = torch.rand(B, s ** (L - k), generator=random, device=random.device)
         hidden = (draw < rate) | (draw == draw.min(1, keepdim=True).values)  # the smallest draw: one for certain
         masks.append(hidden.repeat_interleave(s**k, 1))
@@ -241,8 +242,8 @@ def fit(batches, v, s, L, target="latent", settings=PRESETS["tree"], seed=0, dev
     Raises ValueError if the target is unknown or a masked block is the whole string."""
     if target not in TARGETS:
         raise ValueError(f"target must be one of {TARGETS}, not {target!r}")
-    if settings.mask_block not in ("mixed", *range(L)):
-        raise ValueError(f"mask_block = {settings.mask_block}: allowed are 0 to L-1 = {L - 1}, and 'mixed'")
+    if settings.mask_block not in ("mixed", "top", *range(L)):
+        raise ValueError(f"mask_block = {settings.mask_block}: allowed are 0 to L-1 = {L - 1}, 'top' and 'mixed'")
     start = torch.Generator().manual_seed(seed)
     random = torch.Generator(device).manual_seed(seed + 1)
     student = build(v, s, L, settings, start).to(device)
@@ -402,8 +403,8 @@ def main():
         parser.error("argument --m: must be 2 or more here, since a single rule has no synonym to measure")
     if settings.encoder == "transformer" and settings.width % settings.heads:
         parser.error(f"argument --width: must be a multiple of --heads, {settings.heads}, not {settings.width}")
-    if settings.mask_block not in ("mixed", *range(L)):
-        parser.error(f"argument --mask-block: must be from 0 to depth-1 = {L - 1}, or mixed")
+    if settings.mask_block not in ("mixed", "top", *range(L)):
+        parser.error(f"argument --mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed")
     for flag in ("trace", "save"):  # find out before the training, not after it
         try:
             open(getattr(args, flag) or os.devnull, "ab").close()
@@ -418,7 +419,7 @@ def main():
     exam, quick, trace = Exam(grammar, args.seed, device), Exam(grammar, args.seed, device, tests=PIECE), []
 
     def watch(step, loss, teacher):
-        if step == 1 or step % max(1, settings.steps // 12) == 0:
+        if step == 1 or step % max(1, settings.steps // 25) == 0:
             unseen = examine(readout(teacher, s, L), quick)[0]
             trace.append([step, loss.item(), *spread(teacher, exam, settings.top), *unseen,
                           *synonym_scores(teacher, quick).amax(1).tolist()])

@@ -1,13 +1,15 @@
 """
 The pictures, from the files that sweep.py writes.
 
-    python plot.py out/
+    python plot.py out/                                           a sweep's folder
+    python data2vec.py --depth 4 --trace 0.csv; python plot.py 0.csv    the trace of a run, or of several
 
   samples_vs_depth.png   P* against depth: a line per method with its 95 % interval over the seeds, an open marker
                          with an arrow where P* lies beyond the longest ladder, and the laws of the theory as guides
   collapse.png           where several m are there, at the largest depth: the accuracy of level L-1 against P, against
                          P/(v m^3) and against P/(v m^(L+1)), a line per seed (the paper's figures 3 and 11). The
                          panel in which the lines of all m fall together shows the law
+  phases.png             from traces: when each level rises while data2vec is trained (the paper's figures 5 and 13)
 """
 
 import argparse
@@ -54,8 +56,9 @@ def draw_depth(rows, path):
         depths = sorted({row["L"] for row in panel})
         methods = list(dict.fromkeys(row["method"] for row in panel))
         for i, method in enumerate(methods):
-            learner, _, target = method.partition("-")
-            colour, marker = STYLES.get(target or "latent", ("#999999", "*"))
+            learner, *words = method.split("-")
+            target = next((word for word in words if word in STYLES), "latent")
+            colour, marker = STYLES[target] if set(words) <= {target} else (STYLES[target][0], "*")  # a variant of it
             style = {"color": colour, "marker": marker, "markersize": 6}
             line = DASHES.get(learner, "-.")
             shift = 0.03 * (i - (len(methods) - 1) / 2)  # so that bars don't hide each other
@@ -120,6 +123,23 @@ def draw_collapse(rows, path):
     return True
 
 
+def draw_phases(traces, path):
+    """phases.png from the rows of data2vec.py's --trace files: the unseen-synonym accuracy and the synonym score of
+    every level against the step, a colour per level and a line per run."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    for axis, (kind, name) in zip(axes, (("unseen", "unseen-synonym accuracy"), ("synonyms", "synonym score, best map"))):
+        for i, rows in enumerate(traces):
+            columns = [column for column in rows[0] if column.startswith(kind)]
+            for l, column in enumerate(columns, 1):
+                axis.plot([int(row["step"]) for row in rows], [float(row[column]) for row in rows], linewidth=1.2,
+                          color=plt.cm.viridis(0.85 * (l - 1) / max(1, len(columns) - 1)), marker="osD^vP"[l % 6],
+                          markersize=3, label=f"level {l}" if i == 0 else None)
+        axis.set(xlabel="step", ylabel=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
 def save(figure, path):
     figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -138,9 +158,15 @@ def draw(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", default="out", help="folder of a sweep (default out)")
+    parser.add_argument("out", nargs="*", default=["out"], help="folder of a sweep, or traces (default out)")
+    out = [Path(name) for name in parser.parse_args().out]
     try:
-        for picture in draw(parser.parse_args().out):
+        if out[0].suffix == ".csv":
+            draw_phases([read(name, ("step", "unseen 1", "synonyms 1")) for name in out], out[0].parent / "phases.png")
+            pictures = [out[0].parent / "phases.png"]
+        else:
+            pictures = [picture for folder in out for picture in draw(folder)]
+        for picture in pictures:
             print(f"wrote {picture}")
     except ValueError as error:
         print(f"plot.py: argument out: {error}", file=sys.stderr)

@@ -152,10 +152,12 @@ def entropy(p):
 def likeness(phi, v):
     """(n, D) predictions -> (n, n) in -1..1: above 0 for pairs to pull together, below for pairs to push apart.
 
-    The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: phi is centred and whitened over the
+    The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: the root of phi, since counts scatter by
+    their root, so that a target that one tuple never meets weighs as much as it should; centred and whitened over the
     batch, as some parents have nearly the same contexts; the ridge is the mean variance of v-1 directions, the number
     in which v parents differ. And the threshold lies between the cosines of synonyms, about 1/v of all pairs, and those
     of the pairs that come next: both depend on v, m, s and on how well phi is known."""
+    phi = phi.sqrt()
     phi = phi - phi.mean(0)
     covariance = phi.T @ phi
     ridge = covariance.diagonal().sum() / (v - 1) + 1e-12
@@ -164,8 +166,8 @@ def likeness(phi, v):
     phi = F.normalize(phi, dim=1)
     cosine = phi @ phi.T
     some = cosine[:32].flatten()  # rows enough for two quantiles
-    synonym = some.kthvalue(max(1, int(len(some) * (1 - 0.5 / v))))[0]  # the median of synonyms
-    other = some.kthvalue(max(1, int(len(some) * (1 - min(2 / v, 0.75)))))[0]
+    synonym = some.kthvalue(max(1, int(len(some) * (1 - 0.85 / v))))[0]  # the least like of synonyms, or nearly
+    other = some.kthvalue(max(1, int(len(some) * (1 - min(1.5 / v, 0.75)))))[0]
     return ((2 * cosine - synonym - other) / (synonym - other + 1e-2)).clamp(-1, 1)
 
 

@@ -66,7 +66,8 @@ METHODS = {
     "predictor": Method(predictor.recover, {"target": "latent"}, "1"),
     "predictor-token": Method(predictor.recover, {"target": "token"}, "m"),
     "predictor-joint": Method(predictor.recover, {"target": "joint"}, "1"),
-    "predictor-token-long": Method(predictor.recover, {"target": "token", "steps": 1600}, "m"),  # is it steps or data?
+    "predictor-long": Method(predictor.recover, {"target": "latent", "steps": 3200, "epochs": 800}, "1"),  # steps or
+    "predictor-token-long": Method(predictor.recover, {"target": "token", "steps": 3200, "epochs": 800}, "m"),  # data?
     "predictor-layers": Method(predictor.recover, {"detach": "layers"}, "1"),  # the other three curves of figure 9
     "predictor-layers-noema": Method(predictor.recover, {"detach": "layers", "ema": 0.0}, "1"),
     "predictor-local-noema": Method(predictor.recover, {"detach": "layers+clusterer", "ema": 0.0}, "1"),
@@ -74,6 +75,15 @@ METHODS = {
     "data2vec-token": Method(data2vec.recover, {"target": "token"}, "m"),
     "data2vec-stacked": Method(data2vec.recover, {"target": "stacked"}, "1"),
 }
+for _name, _setting in {
+    "long": {"steps": 8000},                    # is it steps or strings?
+    "mask15": {"mask_block": 0, "mask": 0.15},  # single tokens, as in the paper
+    "mask50": {"mask_block": 0, "mask": 0.5},
+    "block1": {"mask_block": 1},                # the siblings of a hidden token are hidden, too
+    "blocktop": {"mask_block": "top"},          # all but the cousins of level L-2
+}.items():
+    METHODS[f"data2vec-{_name}"] = Method(data2vec.recover, {"target": "latent", **_setting}, "1")
+    METHODS[f"data2vec-token-{_name}"] = Method(data2vec.recover, {"target": "token", **_setting}, "m")
 DEFAULT = ("cluster", "cluster-token", "cluster-root", "cluster-joint")
 SETTINGS = {  # what a row of runs.csv does not say, by file: other values mean another folder
     "sweep": {"format": 1, "recovered": RECOVERED, "rung": RUNG},
@@ -100,8 +110,8 @@ def learner(method):
 
 FIRST = {  # where ladders start, in (v, s, m), for each learner; the power of 2 at or below
     "cluster": lambda v, s, m: v * m / (2 * s),     # fewer than half of the tuples of level L-2 can have been seen
-    "predictor": lambda v, s, m: v * m**2 / 2,      # a network's run is dearer, and as dear at a small P as at a large
-    "data2vec": lambda v, s, m: v * m**3 / 2,
+    "predictor": lambda v, s, m: v * m**2,          # a network's run is dearer, and as dear at a small P as at a large
+    "data2vec": lambda v, s, m: v * m**3,
 }
 
 
@@ -452,9 +462,9 @@ def main():
         raise SystemExit(130)
     sort_runs(args.out)
     print(write_summary(args.out, runs))
-    missing = [name for name in METHODS if name not in {ladder.method for ladder in runs}]
-    if missing:
-        print(f"not in this table: {', '.join(missing)}; networks take minutes a row, and --methods adds them")
+    absent = [name for name in FIRST if name not in {learner(ladder.method) for ladder in runs}]
+    if absent:
+        print(f"not in this table: {', '.join(absent)}; --methods adds their rows, minutes each, and all of them hours")
     try:
         import plot  # matplotlib is its business alone, and a table without a picture is fine
     except ImportError:
