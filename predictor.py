@@ -17,7 +17,7 @@ L-1 modules of one form stand on top of each other. Module l turns s^(L-l) codes
 Labels are used in the scores alone. The exact losses are not public; what we chose is said where it is done.
 
 Measured by `python sweep.py --depth 3..6 --m 3 --methods predictor,predictor-joint` (v=8 s=2, v m^3 = 216, seeds 0-2,
-torch 2.13 on a CPU): P* of level L-1 is 263, 300, 388, 427 for L = 3..6 with target latent, 196, 264, 273, 285 with
+torch 2.13 on a CPU): P* of level L-1 is 190, 199, 307, 224 for L = 3..6 with target latent, 146, 207, 259, 195 with
 joint. At v=16 s=3 m=8 L=3 and P = 2 v m^3 three of three seeds recover level 2 (.992, 1, 1; 25 s each on one core).
 """
 
