@@ -127,7 +127,8 @@ def draw_phases(traces, path):
     """phases.png from the rows of data2vec.py's --trace files: the unseen-synonym accuracy and the synonym score of
     every level against the step, a colour per level and a line per run."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    for axis, (kind, name) in zip(axes, (("unseen", "unseen-synonym accuracy"), ("synonyms", "synonym score, best map"))):
+    kinds = {"unseen": "unseen-synonym accuracy", "synonyms": "synonym score, best map"}
+    for axis, (kind, name) in zip(axes, kinds.items()):
         for i, rows in enumerate(traces):
             columns = [column for column in rows[0] if column.startswith(kind)]
             for l, column in enumerate(columns, 1):

@@ -152,11 +152,11 @@ def entropy(p):
 def likeness(phi, v):
     """(n, D) predictions -> (n, n) in -1..1: above 0 for pairs to pull together, below for pairs to push apart.
 
-    The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: the root of phi, since counts scatter by
-    their root, so that a target that one tuple never meets weighs as much as it should; centred and whitened over the
-    batch, as some parents have nearly the same contexts; the ridge is the mean variance of v-1 directions, the number
-    in which v parents differ. And the threshold lies between the cosines of synonyms, about 1/v of all pairs, and those
-    of the pairs that come next: both depend on v, m, s and on how well phi is known."""
+    The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: the root of phi, since counts scatter
+    by their root, so that a symbol that one tuple never meets weighs as much as it should; centred and whitened over
+    the batch, as some parents have nearly the same contexts; the ridge is the mean variance of v-1 directions, the
+    number in which v parents differ. And the threshold lies between the cosines of synonyms, about 1/v of all pairs,
+    and those of the pairs that come next: both depend on v, m, s and on how well phi is known."""
     phi = phi.sqrt()
     phi = phi - phi.mean(0)
     covariance = phi.T @ phi

@@ -859,3 +859,12 @@ def test_plot_refuses_foreign_files(tmp_path):
     (tmp_path / "samples_vs_depth.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns"):
         plot.draw(tmp_path)
+
+
+def test_traces_become_one_picture(tmp_path, monkeypatch):
+    for seed in range(2):
+        text = "step,loss,unseen 1,unseen 2,synonyms 1,synonyms 2\n1,.5,.1,.1,0,0\n9,.4,.9,.2,.8,.1\n"
+        (tmp_path / f"{seed}.csv").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
+    plot.main()
+    assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
