@@ -19,8 +19,9 @@ weights fade that tells synonyms apart, blocks of tokens masked as well as singl
 
 Measured with README's commands (v=8 s=2 m=3, v m^3 = 216, seeds 0-2, torch 2.13 on a CPU): P* of level L-1 is 466, 567,
 506 for L = 3..5 with target latent, and 479, 557, > 2048 with token, where one seed of three stays below 0.5: no factor
-of m per level for either. With whole subtrees of level L-2 masked P* grows for both: latent 608, 957, > 8192, token
-653, > 4096. The first command: levels 1 and 2 at 1.000 and 1.000, untrained .183 and .166, in 29 s on one core (seed 0).
+of m per level for either. With whole subtrees of level L-2 masked P* grows for both: latent 608, 957, > 8192 (one
+seed), token 653, > 4096. The first command: levels 1 and 2 at 1.000 and 1.000, untrained .183 and .166, in 29 s on one
+core (seed 0).
 """
 
 import copy
@@ -173,6 +174,12 @@ def build(v, s, L, settings, random):
 # what is hidden, and what is predicted
 
 
+def check_block(block, L):
+    """Raises ValueError unless the masked blocks are words that draw_mask knows, or smaller than the string."""
+    if block not in ("mixed", "top", *range(L)):
+        raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed, not {block}")
+
+
 def draw_mask(B, L, s, rate, block, random):
     """(B, s^L) bool on the generator's device, True where the token is hidden.
 
@@ -244,8 +251,7 @@ def fit(batches, v, s, L, target="latent", settings=PRESETS["tree"], seed=0, dev
     Raises ValueError if the target is unknown or a masked block is the whole string."""
     if target not in TARGETS:
         raise ValueError(f"target must be one of {TARGETS}, not {target!r}")
-    if settings.mask_block not in ("mixed", "top", *range(L)):
-        raise ValueError(f"mask_block = {settings.mask_block}: allowed are 0 to L-1 = {L - 1}, 'top' and 'mixed'")
+    check_block(settings.mask_block, L)
     start = torch.Generator().manual_seed(seed)
     random = torch.Generator(device).manual_seed(seed + 1)
     student = build(v, s, L, settings, start).to(device)
@@ -405,8 +411,10 @@ def main():
         parser.error("argument --m: must be 2 or more here, since a single rule has no synonym to measure")
     if settings.encoder == "transformer" and settings.width % settings.heads:
         parser.error(f"argument --width: must be a multiple of --heads, {settings.heads}, not {settings.width}")
-    if settings.mask_block not in ("mixed", "top", *range(L)):
-        parser.error(f"argument --mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed")
+    try:
+        check_block(settings.mask_block, L)
+    except ValueError as error:
+        parser.error(f"argument --{error}")
     for flag in ("trace", "save"):  # find out before the training, not after it
         try:
             open(getattr(args, flag) or os.devnull, "ab").close()

@@ -18,7 +18,8 @@ Labels are used in the scores alone. The exact losses are not public; what we ch
 
 Measured by `python sweep.py --depth 3..6 --m 3 --methods predictor,predictor-joint` (v=8 s=2, v m^3 = 216, seeds 0-2,
 torch 2.13 on a CPU): P* of level L-1 is 190, 199, 307, 224 for L = 3..6 with target latent, 146, 207, 259, 195 with
-joint. At v=16 s=3 m=8 L=3 and P = 2 v m^3 three of three seeds recover level 2 (1.000, .986, .992; 23 s each on one core).
+joint. At v=16 s=3 m=8 L=3 and P = 2 v m^3 three of three seeds recover level 2 (1.000, .986, .992; 23 s each on one
+core).
 """
 
 import copy

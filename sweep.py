@@ -67,8 +67,9 @@ METHODS = {
     "predictor": Method(predictor.recover, {"target": "latent"}, "1"),
     "predictor-token": Method(predictor.recover, {"target": "token"}, "m"),
     "predictor-joint": Method(predictor.recover, {"target": "joint"}, "1"),
-    "predictor-long": Method(predictor.recover, {"target": "latent", "steps": 3200, "epochs": 800}, "1"),  # steps or
-    "predictor-token-long": Method(predictor.recover, {"target": "token", "steps": 3200, "epochs": 800}, "m"),  # data?
+    # is it steps or strings?
+    "predictor-long": Method(predictor.recover, {"target": "latent", "steps": 3200, "epochs": 800}, "1"),
+    "predictor-token-long": Method(predictor.recover, {"target": "token", "steps": 3200, "epochs": 800}, "m"),
     "predictor-layers": Method(predictor.recover, {"detach": "layers"}, "1"),  # the other three curves of figure 9
     "predictor-layers-noema": Method(predictor.recover, {"detach": "layers", "ema": 0.0}, "1"),
     "predictor-local-noema": Method(predictor.recover, {"detach": "layers+clusterer", "ema": 0.0}, "1"),
@@ -466,7 +467,8 @@ def main():
         raise SystemExit(130)
     sort_runs(args.out)
     print(write_summary(args.out, runs))
-    absent = [name for name in FIRST if name not in {learner(ladder.method) for ladder in runs}]
+    present = {learner(ladder.method) for ladder in runs}
+    absent = [name for name in FIRST if name not in present]
     if absent:
         print(f"not in this table: {', '.join(absent)}; --methods adds their rows, minutes each, and all of them hours")
     try:
