@@ -79,7 +79,9 @@ METHODS = {
 }
 VARIANTS = {  # of data2vec and data2vec-token
     "long": {"steps": 8000},                    # is it steps or strings?
+    "longer": {"steps": 16000},
     "mask15": {"mask_block": 0, "mask": 0.15},  # single tokens at the paper's rate
+    "mask15-long": {"mask_block": 0, "mask": 0.15, "steps": 8000},
     "mask50": {"mask_block": 0, "mask": 0.5},
     "block1": {"mask_block": 1},                # the siblings of a hidden token are hidden, too
     "blocktop": {"mask_block": "top"},          # nothing but cousins of level L-2 to predict from
@@ -272,7 +274,7 @@ def mean_and_interval(stars):
     for sign, mark in ((1, ">"), (-1, "<")):
         beyond = [P for P, s in stars if s == sign]
         if beyond:
-            return f"{mark} {max(beyond) if sign > 0 else min(beyond):.0f}", None, None, len(beyond)
+            return f"{mark} {min(beyond):.0f}", None, None, len(beyond)
     logs = np.log([P for P, _ in stars])
     resampled = np.random.default_rng(0).choice(logs, size=(BOOTSTRAP, len(logs))).mean(1)
     low, high = np.exp(np.percentile(resampled, [2.5, 97.5]))
