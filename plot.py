@@ -5,7 +5,8 @@ The pictures, from the files that sweep.py writes.
     python data2vec.py --depth 4 --trace 0.csv; python plot.py 0.csv    the trace of a run, or of several
 
   samples_vs_depth.png   P* against depth: a line per method with its 95 % interval over the seeds, an open marker
-                         with an arrow where P* lies beyond the longest ladder, and the laws of the theory as guides
+                         with an arrow where P* lies beyond the longest ladder, and the laws of the theory as guides;
+                         a panel for every grammar size and every variant of a learner, such as another mask
   collapse.png           where several m are there, at the largest depth: the accuracy of level L-1 against P, against
                          P/(v m^3) and against P/(v m^(L+1)), a line per seed (the paper's figures 3 and 11). The
                          panel in which the lines of all m fall together shows the law
@@ -48,26 +49,32 @@ def read(path, columns):
 
 
 def draw_depth(rows, path):
-    """samples_vs_depth.png from the rows of samples_vs_depth.csv; a panel for every grammar size (v, s, m)."""
-    sizes = sorted({(row["v"], row["s"], row["m"]) for row in rows})
-    figure, axes = plt.subplots(1, len(sizes), figsize=(1.5 + 5.2 * len(sizes), 4.6), squeeze=False, sharey=True)
-    for axis, (v, s, m) in zip(axes[0], sizes):
-        panel = [row for row in rows if (row["v"], row["s"], row["m"]) == (v, s, m)]
-        depths = sorted({row["L"] for row in panel})
+    """samples_vs_depth.png from the rows of samples_vs_depth.csv; a panel for every grammar size (v, s, m), and one for
+    every variant of the learners, such as a mask, in which targets can be compared."""
+    panels = {}
+    for row in sorted(rows, key=lambda row: (row["v"], row["s"], row["m"])):
+        words = row["method"].split("-")[1:]
+        variant = "-".join(word for word in words if word not in STYLES)
+        panels.setdefault((row["v"], row["s"], row["m"], variant), []).append(row)
+    depths = sorted({row["L"] for row in rows})
+    wide = min(3, len(panels))
+    high = -(-len(panels) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(1.5 + 5.2 * wide, 0.8 + 3.8 * high), squeeze=False, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, ((v, s, m, variant), panel) in zip(axes.flat, panels.items()):
         methods = list(dict.fromkeys(row["method"] for row in panel))
         for i, method in enumerate(methods):
             learner, *words = method.split("-")
-            target = next((word for word in words if word in STYLES), "latent")
-            colour, marker = STYLES[target] if set(words) <= {target} else (STYLES[target][0], "*")  # a variant of it
+            colour, marker = STYLES[next((word for word in words if word in STYLES), "latent")]
             style = {"color": colour, "marker": marker, "markersize": 6}
-            line = DASHES.get(learner, "-.")
             shift = 0.03 * (i - (len(methods) - 1) / 2)  # so that bars don't hide each other
             known = [row for row in panel if row["method"] == method and row["P50_lo"]]
             x = [row["L"] + shift for row in known]
             y = [float(row["P50"]) for row in known]
             bars = [[a - float(row["P50_lo"]) for a, row in zip(y, known)],
                     [float(row["P50_hi"]) - a for a, row in zip(y, known)]]
-            axis.errorbar(x, y, bars, linestyle=line, capsize=3, label=method, **style)
+            axis.errorbar(x, y, bars, linestyle=DASHES.get(learner, "-."), capsize=3, label=method, **style)
             for row in panel:
                 if row["method"] == method and not row["P50_lo"]:  # "> Pmax" or "< Pmin"
                     sign, bound = row["P50"].split()
@@ -80,12 +87,13 @@ def draw_depth(rows, path):
             axis.plot(depths, y, color="0.65", linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
             axis.annotate(name, (depths[-1], y[-1]), (6, 0), textcoords="offset points", color="0.4", va="center")
         axis.set(yscale="log", xlabel="depth $L$ (levels above the tokens)", xticks=depths)
-        axis.set_title(f"v={v}, s={s}, m={m}", fontsize=11)
+        axis.set_title(f"v={v}, s={s}, m={m}" + f" ({variant})" * bool(variant), fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9, loc="upper left")
     seeds = sorted({row["seeds"] for row in rows})
     seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-    axes[0, 0].set_ylabel(f"$P^*$, samples to recover level $L-1$\n(accuracy 0.5; {seeds} seeds, 95 % interval)")
-    axes[0, 0].legend(frameon=False, fontsize=9)
+    for row in axes:
+        row[0].set_ylabel(f"$P^*$, samples to recover level $L-1$\n(accuracy 0.5; {seeds} seeds, 95 % interval)")
     save(figure, path)
 
 
