@@ -375,11 +375,7 @@ def sweep(ladders, runs, out, max_samples, device, jobs):
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"  # in tokens per string, a guess at the work
     bar = tqdm(total=sum(a.s**a.L for a in waiting), bar_format=layout, miniters=0, mininterval=1)
     running = {}  # future -> (ladder, P)
-    with (
-        open(out / "runs.csv", "a", newline="") as file,
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool,
-    ):
-        table = csv.writer(file, lineterminator="\n")
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:  # the deepest first: long work last would leave cores idle
@@ -392,8 +388,8 @@ def sweep(ladders, runs, out, max_samples, device, jobs):
                 for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                     ladder, P = running.pop(future)
                     rows = future.result()
-                    table.writerows(rows)
-                    file.flush()
+                    with open(out / "runs.csv", "a", newline="") as file:  # anew, as another sweep may add to it, too
+                        csv.writer(file, lineterminator="\n").writerows(rows)
                     runs.setdefault(ladder, {})[P] = [float(row[8]) for row in rows]
                     if next_rung(ladder, runs[ladder], max_samples):
                         waiting.insert(0, ladder)
