@@ -798,6 +798,19 @@ def test_killed_and_resumed_sweep_gives_the_same_bytes(tmp_path):
         assert not list(folder.glob("*.part"))
 
 
+def test_another_sweep_may_end_in_the_same_folder_meanwhile(tmp_path, monkeypatch):
+    ladders = [sweep.Ladder("cluster", 8, 2, 4, 2, seed) for seed in range(2)]
+    runs, theirs = sweep.open_folder(tmp_path, ["cluster"]), "cluster,8,2,4,2,8,9,1,0.500000,0.001,cpu,0\n"
+
+    def their_end(out, runs):  # it sorts the file, and puts the sorted one in its place
+        sweep.replace(out / "runs.csv", (out / "runs.csv").read_text() + theirs)
+
+    monkeypatch.setattr(sweep, "write_summary", their_end)
+    sweep.sweep(ladders, runs, tmp_path, 64, "cpu", 1)
+    found, text = sweep.read_runs((tmp_path / "runs.csv").read_text())
+    assert theirs in text and {a: found[a] for a in ladders} == runs
+
+
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
