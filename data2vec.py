@@ -17,11 +17,11 @@ teacher, on the same maps for every target, and reported beside the same reading
 At CPU size three things differ from the paper (--preset paper): a stronger weight decay, which lets the part of the
 weights fade that tells synonyms apart, blocks of tokens masked as well as single ones, and a faster teacher.
 
-Measured with README's commands (v=8 s=2 m=3, v m^3 = 216, seeds 0-2, torch 2.13 on a CPU): P* of level L-1 is 466, 567,
-506 for L = 3..5 with target latent, and 479, 557, > 2048 with token, where one seed of three stays below 0.5: no factor
-of m per level for either. With whole subtrees of level L-2 masked P* grows for both: latent 608, 957, > 8192 (one
-seed), token 653, > 4096. The first command: levels 1 and 2 at 1.000 and 1.000, untrained .183 and .166, in 29 s on one
-core (seed 0).
+Measured with README's commands (v=8 s=2 m=3, v m^3 = 216, seeds 0-2, torch 2.13 on a CPU): P* of level L-1 is 456, 495,
+499 for L = 3..5 with target latent and the paper's masks (single tokens, 15 %), and 371, 383, 399 with token: no factor
+of m per level for either. With whole subtrees of level L-2 masked P* grows for both: latent 608, 957, > 4096, token
+653, > 4096, > 4096. The first command: levels 1 and 2 at 1.000 and 1.000, untrained .183 and .166, in 29 s on one core
+(seed 0).
 """
 
 import copy
