@@ -79,7 +79,6 @@ METHODS = {
 }
 VARIANTS = {  # of data2vec and data2vec-token
     "long": {"steps": 8000},                    # is it steps or strings?
-    "longer": {"steps": 16000},
     "mask15": {"mask_block": 0, "mask": 0.15},  # single tokens at the paper's rate
     "mask15-long": {"mask_block": 0, "mask": 0.15, "steps": 8000},
     "mask50": {"mask_block": 0, "mask": 0.5},
