@@ -85,11 +85,9 @@ VARIANTS = {  # of data2vec and data2vec-token
     "block1": {"mask_block": 1},                # the siblings of a hidden token are hidden, too
     "blocktop": {"mask_block": "top"},          # nothing but cousins of level L-2 to predict from
 }
-for target, growth in (("", "1"), ("-token", "m")):
-    METHODS |= {
-        f"data2vec{target}-{name}": Method(data2vec.recover, {"target": target[1:] or "latent", **setting}, growth)
-        for name, setting in VARIANTS.items()
-    }
+for name in ("data2vec", "data2vec-token"):
+    for variant, setting in VARIANTS.items():
+        METHODS[f"{name}-{variant}"] = METHODS[name]._replace(arguments=METHODS[name].arguments | setting)
 DEFAULT = ("cluster", "cluster-token", "cluster-root", "cluster-joint")
 SETTINGS = {  # what a row of runs.csv does not say, by file: other values mean another folder
     "sweep": {"format": 1, "recovered": RECOVERED, "rung": RUNG},
