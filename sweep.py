@@ -77,17 +77,17 @@ METHODS = {
     "data2vec-token": Method(data2vec.recover, {"target": "token"}, "m"),
     "data2vec-stacked": Method(data2vec.recover, {"target": "stacked"}, "1"),
 }
-VARIANTS = {  # of data2vec and data2vec-token
-    "long": {"steps": 8000},                    # is it steps or strings?
-    "mask15": {"mask_block": 0, "mask": 0.15},  # single tokens at the paper's rate
-    "mask15-long": {"mask_block": 0, "mask": 0.15, "steps": 8000},
-    "mask50": {"mask_block": 0, "mask": 0.5},
-    "block1": {"mask_block": 1},                # the siblings of a hidden token are hidden, too
-    "blocktop": {"mask_block": "top"},          # nothing but cousins of level L-2 to predict from
+MASKS = {  # of data2vec and data2vec-token; without a word, mixed blocks at 30 %
+    "-mask15": {"mask_block": 0, "mask": 0.15},  # single tokens at the paper's rate
+    "-mask50": {"mask_block": 0, "mask": 0.5},
+    "-block1": {"mask_block": 1},                # the siblings of a hidden token are hidden, too
+    "-blocktop": {"mask_block": "top"},          # nothing but cousins of level L-2 to predict from
 }
+STEPS = {"-long": {"steps": 8000}, "-longer": {"steps": 16000}}  # instead of 4000: is it steps or strings?
 for name in ("data2vec", "data2vec-token"):
-    for variant, setting in VARIANTS.items():
-        METHODS[f"{name}-{variant}"] = METHODS[name]._replace(arguments=METHODS[name].arguments | setting)
+    for mask, where in {"": {}, **MASKS}.items():
+        for length, steps in {"": {}, **STEPS}.items():
+            METHODS[name + mask + length] = METHODS[name]._replace(arguments=METHODS[name].arguments | where | steps)
 DEFAULT = ("cluster", "cluster-token", "cluster-root", "cluster-joint")
 SETTINGS = {  # what a row of runs.csv does not say, by file: other values mean another folder
     "sweep": {"format": 1, "recovered": RECOVERED, "rung": RUNG},
