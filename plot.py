@@ -6,7 +6,8 @@ The pictures, from the files that sweep.py writes.
 
   samples_vs_depth.png   P* against depth: a line per method with its 95 % interval over the seeds, an open marker
                          with an arrow where P* lies beyond the longest ladder, and the laws of the theory as guides;
-                         a panel for every grammar size and every variant of a learner, such as another mask
+                         a column of panels for every grammar size, a row for every variant of a learner such as
+                         another mask; thicker lines for the same with more steps
   collapse.png           where several m are there, at the largest depth: the accuracy of level L-1 against P, against
                          P/(v m^3) and against P/(v m^(L+1)), a line per seed (the paper's figures 3 and 11). The
                          panel in which the lines of all m fall together shows the law
@@ -16,6 +17,7 @@ The pictures, from the files that sweep.py writes.
 import argparse
 import csv
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +30,7 @@ STYLES = {  # by target: colour and marker, told apart in grey and by colour-bli
     "cousins": ("#56b4e9", "v"), "element": ("#cc79a7", "P"), "stacked": ("#e69f00", "X"),
 }
 DASHES = {"cluster": "-", "predictor": (0, (5, 1)), "data2vec": (0, (1, 1))}  # by learner
+THICKNESS = {"long": 2.5, "longer": 3.5}  # of lines, by steps
 GUIDES = {"$v\\,m^3$": lambda v, m, L: v * m**3, "$v\\,m^{L+1}$": lambda v, m, L: v * m ** (L + 1),
           "$v\\,m^L$": lambda v, m, L: v * m**L, "$v\\,m^2$": lambda v, m, L: v * m**2}
 
@@ -49,25 +52,33 @@ def read(path, columns):
 
 
 def draw_depth(rows, path):
-    """samples_vs_depth.png from the rows of samples_vs_depth.csv; a panel for every grammar size (v, s, m), and one for
-    every variant of the learners, such as a mask, in which targets can be compared."""
+    """samples_vs_depth.png from the rows of samples_vs_depth.csv; a column of panels for every grammar size (v, s, m),
+    and a row for every variant of the learners, such as a mask, in which targets can be compared."""
     panels = {}
-    for row in sorted(rows, key=lambda row: (row["v"], row["s"], row["m"])):
+    for row in rows:
         words = row["method"].split("-")[1:]
-        variant = "-".join(word for word in words if word not in STYLES)
-        panels.setdefault((row["v"], row["s"], row["m"], variant), []).append(row)
+        variant = "-".join(word for word in words if word not in STYLES and word not in THICKNESS)
+        panels.setdefault((variant, (row["v"], row["s"], row["m"])), []).append(row)
+    variants = list(dict.fromkeys(variant for variant, _ in panels))
+    sizes = sorted({size for _, size in panels})
+    wide, high = len(sizes), len(variants)
+    if wide == 1 or high == 1:  # rows of three serve better
+        wide, high = min(3, len(panels)), -(-len(panels) // 3)
+    cells = [(variant, size) for variant in variants for size in sizes]
     depths = sorted({row["L"] for row in rows})
-    wide = min(3, len(panels))
-    high = -(-len(panels) // wide)
-    figure, axes = plt.subplots(high, wide, figsize=(1.5 + 5.2 * wide, 0.8 + 3.8 * high), squeeze=False, sharey=True)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, ((v, s, m, variant), panel) in zip(axes.flat, panels.items()):
+    size = 1.5 + 5.2 * wide, 0.8 + (3.8 if high == 1 else 3.0) * high
+    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, sharey=True)
+    for axis, cell in zip_longest(axes.flat, cells):
+        if cell not in panels:
+            axis.remove()
+            continue
+        (variant, (v, s, m)), panel = cell, panels[cell]
         methods = list(dict.fromkeys(row["method"] for row in panel))
         for i, method in enumerate(methods):
             learner, *words = method.split("-")
             colour, marker = STYLES[next((word for word in words if word in STYLES), "latent")]
-            style = {"color": colour, "marker": marker, "markersize": 6}
+            thickness = max([THICKNESS.get(word, 1.5) for word in words], default=1.5)
+            style = {"color": colour, "marker": marker, "markersize": 4.5 + thickness, "linewidth": thickness}
             shift = 0.03 * (i - (len(methods) - 1) / 2)  # so that bars don't hide each other
             known = [row for row in panel if row["method"] == method and row["P50_lo"]]
             x = [row["L"] + shift for row in known]

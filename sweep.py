@@ -79,6 +79,7 @@ METHODS = {
 }
 MASKS = {  # of data2vec and data2vec-token; without a word, mixed blocks at 30 %
     "-mask15": {"mask_block": 0, "mask": 0.15},  # single tokens at the paper's rate
+    "-mask30": {"mask_block": 0, "mask": 0.3},   # as many tokens hidden as by default, but each by itself
     "-mask50": {"mask_block": 0, "mask": 0.5},
     "-block1": {"mask_block": 1},                # the siblings of a hidden token are hidden, too
     "-blocktop": {"mask_block": "top"},          # nothing but cousins of level L-2 to predict from
