@@ -104,7 +104,7 @@ def draw_depth(rows, path):
     seeds = sorted({row["seeds"] for row in rows})
     seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
     for row in axes:
-        row[0].set_ylabel(f"$P^*$, samples to recover level $L-1$\n(accuracy 0.5; {seeds} seeds, 95 % interval)")
+        row[0].set_ylabel(f"$P^*$, samples for level $L-1$\n({seeds} seeds, 95 % interval)")
     save(figure, path)
 
 

@@ -85,10 +85,12 @@ MASKS = {  # of data2vec and data2vec-token; without a word, mixed blocks at 30 
     "-blocktop": {"mask_block": "top"},          # nothing but cousins of level L-2 to predict from
 }
 STEPS = {"-long": {"steps": 8000}, "-longer": {"steps": 16000}}  # instead of 4000: is it steps or strings?
+PLAIN = tuple(METHODS)
 for name in ("data2vec", "data2vec-token"):
     for mask, where in {"": {}, **MASKS}.items():
         for length, steps in {"": {}, **STEPS}.items():
             METHODS[name + mask + length] = METHODS[name]._replace(arguments=METHODS[name].arguments | where | steps)
+NAMES = f"{', '.join(PLAIN)}; and data2vec and data2vec-token with {', '.join(MASKS)}, then with {' or '.join(STEPS)}"
 DEFAULT = ("cluster", "cluster-token", "cluster-root", "cluster-joint")
 SETTINGS = {  # what a row of runs.csv does not say, by file: other values mean another folder
     "sweep": {"format": 1, "recovered": RECOVERED, "rung": RUNG},
@@ -423,7 +425,7 @@ def main():
     parser.add_argument("--m", type=span(1), default=[4], help="rules per symbol, in the same forms (default 4)")
     parser.add_argument("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     parser.add_argument("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    parser.add_argument("--methods", default=",".join(DEFAULT), help=f"all, or some of {','.join(METHODS)}")
+    parser.add_argument("--methods", default=",".join(DEFAULT), help=f"all, or some of {NAMES}")
     parser.add_argument("--seeds", type=whole(1), default=5, help="seeds 0..N-1, a grammar each (default 5)")
     parser.add_argument("--max-samples", type=whole(1), default=2**20, help="longest P of a ladder (default 2^20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
@@ -433,7 +435,7 @@ def main():
     methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
     for name in methods:
         if name not in METHODS:
-            parser.error(f"argument --methods: {name!r} is not all or one of {', '.join(METHODS)}")
+            parser.error(f"argument --methods: {name!r} is not all or one of {NAMES}")
     for m in args.m:
         for L in args.depth:
             try:
@@ -466,7 +468,7 @@ def main():
     present = {learner(ladder.method) for ladder in runs}
     absent = [name for name in FIRST if name not in present]
     if absent:
-        print(f"not in this table: {', '.join(absent)}; --methods adds their rows, minutes each, and all of them hours")
+        print(f"not in this table: {', '.join(absent)}; --methods adds their rows, minutes each, and all of them days")
     try:
         import plot  # matplotlib is its business alone, and a table without a picture is fine
     except ImportError:
