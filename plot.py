@@ -66,8 +66,8 @@ def draw_depth(rows, path):
         wide, high = min(3, len(panels)), -(-len(panels) // 3)
     cells = [(variant, size) for variant in variants for size in sizes]
     depths = sorted({row["L"] for row in rows})
-    size = 1.5 + 5.2 * wide, 0.8 + (3.8 if high == 1 else 3.0) * high
-    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, sharey=True)
+    inches = 1.5 + 5.2 * wide, 0.8 + (3.8 if high == 1 else 3.0) * high
+    figure, axes = plt.subplots(high, wide, figsize=inches, squeeze=False, sharey=True)
     for axis, cell in zip_longest(axes.flat, cells):
         if cell not in panels:
             axis.remove()
@@ -77,7 +77,7 @@ def draw_depth(rows, path):
         for i, method in enumerate(methods):
             learner, *words = method.split("-")
             colour, marker = STYLES[next((word for word in words if word in STYLES), "latent")]
-            thickness = max([THICKNESS.get(word, 1.5) for word in words], default=1.5)
+            thickness = next((THICKNESS[word] for word in words if word in THICKNESS), 1.5)
             style = {"color": colour, "marker": marker, "markersize": 4.5 + thickness, "linewidth": thickness}
             shift = 0.03 * (i - (len(methods) - 1) / 2)  # so that bars don't hide each other
             known = [row for row in panel if row["method"] == method and row["P50_lo"]]
