@@ -12,8 +12,8 @@ L-1 modules of one form stand on top of each other. Module l turns s^(L-l) codes
                 token   the raw tokens under the cousins, l levels further down: v m^(l+3)
                 joint   latent, and the teacher's own symbol for the cousin, a level up; ours: as in cluster.py, what is
                         being learned sharpens what is learned from
-  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi are pulled to the
-              same code, others to different ones.
+  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. The tuples of a batch are sorted into v
+              groups by their phi; codes are pulled together within a group and apart between two.
 Labels are used in the scores alone. The exact losses are not public; what we chose is said where it is done.
 
 Measured by `python sweep.py --depth 3..6 --m 3 --methods predictor,predictor-joint` (v=8 s=2, v m^3 = 216, seeds 0-2,
@@ -50,7 +50,7 @@ FLAGS = {  # name: (default, type, help)
     "codes": (0, whole(0, 4096), "d_h, clusters of a module, v or more; 0 is 5 v / 4; the paper: 128"),
     "ema": (0.015, real(0, 1), "share of the student in each update of the teacher; 0: no teacher, the targets are "
                                "the student's own codes; the paper: 0.015"),
-    "separation": (0.5, real(0, 100), "weight lambda_sep of pushing codes apart; the paper: 0.5"),
+    "separation": (1.0, real(0, 100), "weight lambda_sep of pushing codes apart; the paper: 0.5"),
     "gate": (0.1, real(0, 1), "share of the target's information that a predictor must have found before its clusterer "
                               "learns at full rate, 0 to 1; ours, 0: no gate"),
 }
@@ -150,39 +150,48 @@ def entropy(p):
     return torch.xlogy(p, p).sum(-1).neg().clamp(min=0)
 
 
-def likeness(phi, v):
-    """(n, D) predictions -> (n, n) in -1..1: above 0 for pairs to pull together, below for pairs to push apart.
+def grouping(phi, v, random, rounds=5):
+    """Which tuples should have the same code: the likeliest way found to share n tuples out among v parents.
 
-    The paper compares cos(phi_i, phi_j) with a fixed threshold. Ours to change: the root of phi, since counts scatter
-    by their root, so that a symbol that one tuple never meets weighs as much as it should; centred and whitened over
-    the batch, as some parents have nearly the same contexts; the ridge is the mean variance of v-1 directions, the
-    number in which v parents differ. And the threshold lies between the cosines of synonyms, about 1/v of all pairs,
-    and those of the pairs that come next: both depend on v, m, s and on how well phi is known."""
-    phi = phi.sqrt()
-    phi = phi - phi.mean(0)
-    covariance = phi.T @ phi
-    ridge = covariance.diagonal().sum() / (v - 1) + 1e-12
-    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), device=phi.device))
-    phi = torch.linalg.solve_triangular(factor, phi.T, upper=False).T
-    phi = F.normalize(phi, dim=1)
-    cosine = phi @ phi.T
-    some = cosine[:32].flatten()  # rows enough for two quantiles
-    synonym = some.kthvalue(max(1, int(len(some) * (1 - 0.85 / v))))[0]  # the least like of synonyms, or nearly
-    other = some.kthvalue(max(1, int(len(some) * (1 - min(1.5 / v, 0.75)))))[0]
-    return ((2 * cosine - synonym - other) / (synonym - other + 1e-2)).clamp(-1, 1)
+    phi: M tensors (n, D) of predictions, D of each its own; random: a CPU generator. Returns (M, n) int64, groups
+    0..v-1. It is k-means where a tuple is as far from a parent as KL(phi of the tuple | mean phi of the parent's);
+    M modules and several random starts side by side, and of these the best. The paper calls two tuples like where
+    cos(phi_i, phi_j) is above a fixed threshold. Ours to change: how far parents are apart depends on v, m, s and on how
+    well phi is known, and a partition needs no threshold."""
+    x = nn.utils.rnn.pad_sequence([p.T for p in phi], batch_first=True, padding_value=1.0).mT
+    x = x + 1e-3  # never is a strong word
+    distance = ((x * x.log()).sum(-1)[:, None] - x.log() @ x.mT).clamp(min=0)  # (M, n, n): of column from row
+    starts = min(v, 16)  # with more parents more can go wrong
+    noise = torch.empty(v, len(x), starts, x.shape[1]).exponential_(generator=random).to(x.device)
+    near, seeds = torch.ones_like(noise[0]), []
+    for draw in noise:  # k-means++: a tuple is drawn in proportion to its distance from the seeds so far
+        seed = (near / draw).argmax(-1, keepdim=True)  # (M, starts, 1)
+        far = distance.take_along_dim(seed, 1)
+        near = torch.minimum(near, far) if seeds else far
+        seeds.append(seed)
+    seeds = torch.cat(seeds, -1).flatten(1)[:, :, None]
+    parents = x.take_along_dim(seeds, 1).unflatten(1, (starts, v))  # (M, starts, v, D)
+    x = x[:, None]
+    for _ in range(rounds):
+        member = F.one_hot((x @ parents.log().mT).argmax(-1), v).float()  # (M, starts, n, v)
+        parents = member.mT @ x / member.sum(-2)[..., None].clamp(min=1)
+    likelihood, group = (x @ parents.log().mT).max(-1)
+    best = likelihood.sum(-1).argmax(-1)
+    return group[torch.arange(len(group), device=best.device), best]
 
 
-def clustering_loss(codes, like, separation):
-    """Mean over all pairs of like . -log c_i.c_j where like > 0, else separation |like| . -log(1 - c_i.c_j).
+def clustering_loss(codes, group, separation):
+    """Mean over all pairs of -log c_i.c_j within a group, and of separation . -log(1 - c_i.c_j) between two groups.
 
-    codes: (n, d) soft codes; like: (n, n). Our choice of form; unlike a squared distance the logarithm keeps a gradient
-    between two codes that are both nearly one-hot, so that codes that split one symbol can still merge."""
-    n = len(codes)
-    same = codes @ codes.T
-    pull = -((same + 0.01) / 1.01).log() * like.clamp(min=0)
-    push = -(1.0001 - same).log() * (-like).clamp(min=0)
-    loss = pull + separation * push
-    return (loss.sum() - loss.diagonal().sum()) / (n * (n - 1))
+    codes: (M, n, d) soft codes; group: (M, n). Returns (M,), one for each module. Our choice of form; unlike a squared
+    distance the logarithm keeps a gradient between two codes that are both nearly one-hot, so that codes that split one
+    symbol can still merge."""
+    n = codes.shape[1]
+    same = codes @ codes.mT
+    alike = group[:, :, None] == group[:, None]
+    loss = -torch.where(alike, (same + 0.01) / 1.01, 1.0001 - same).log()
+    weight = torch.where(alike, 1.0, separation) * (1 - torch.eye(n, device=codes.device))
+    return (weight * loss).sum((1, 2)) / (n * (n - 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,11 +199,11 @@ def clustering_loss(codes, like, separation):
 
 
 def losses(student, teacher, x, v, target, detach, random, settings):
-    """The losses of a batch of strings x, (B, s^L), in the order of the modules: 2 (L-1) scalars, for each module its
-    prediction and its clustering loss. teacher None: the student's own codes are the targets."""
+    """The losses of a batch of strings x, (B, s^L): 2 (L-1) scalars, the prediction losses of the modules and then
+    their clustering losses. teacher None: the student's own codes are the targets."""
     tokens = one_hot(x, student[0].d)
     codes = wanted = tokens
-    out = []
+    predictions, gains, phi, items = [], [], [], []
     for l, module in enumerate(student):
         log_phi, above = module(codes, local="clusterer" in detach)
         if target == "joint" or target == "latent" and l < len(student) - 1:
@@ -205,16 +214,18 @@ def losses(student, teacher, x, v, target, detach, random, settings):
             families = wanted.unflatten(1, (-1, module.s)), lifted[:, :, None]  # a tuple's symbols, and its parent
             seen = torch.cat(families, 2).flatten(1, 2)
         prediction, gain = prediction_loss(log_phi, seen)
-        phi, items = log_phi.detach().exp().flatten(1), above.reshape(-1, module.d)
-        if len(items) > 2 * len(x):  # enough pairs; the paper takes 300
-            some = torch.randperm(len(items), generator=random)[: 2 * len(x)].to(x.device)
-            phi, items = phi[some], items[some]
-        gate = (gain / settings.gate).clamp(0, 1) if settings.gate else 1.0  # first predict, then cluster
-        out += [prediction, gate * clustering_loss(items, likeness(phi, v), settings.separation)]
+        predictions.append(prediction)
+        gains.append(gain)
+        some = torch.randperm(len(log_phi), generator=random)[: 2 * len(x)].to(x.device)  # enough; the paper takes 300
+        phi.append(log_phi.detach()[some].exp().flatten(1))
+        items.append(above.reshape(-1, module.d)[some])
         if target != "token" and l < len(student) - 1:
             wanted = lifted
         codes = above if detach == "none" else above.detach()
-    return out
+    clustering = clustering_loss(torch.stack(items), grouping(phi, v, random), settings.separation)
+    if settings.gate:  # first predict, then cluster
+        clustering = clustering * (torch.stack(gains) / settings.gate).clamp(0, 1)
+    return predictions + list(clustering)
 
 
 @torch.no_grad()
