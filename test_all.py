@@ -317,12 +317,15 @@ def test_prediction_loss_equals_the_double_loop(s, E):
 
 def test_clustering_loss_equals_the_double_loop():
     random = torch.Generator().manual_seed(0)
-    codes, like = torch.randn(7, 4, generator=random).softmax(1), torch.rand(7, 7, generator=random) * 2 - 1
-    total = 0.0
-    for i, j in itertools.permutations(range(7), 2):
-        same, w = codes[i] @ codes[j], like[i, j]
-        total += -w * ((same + 0.01) / 1.01).log() if w > 0 else 0.3 * w * (1.0001 - same).log()
-    assert predictor.clustering_loss(codes, like, 0.3).item() == pytest.approx(float(total) / 42, rel=1e-5)
+    codes, group = torch.randn(2, 7, 4, generator=random).softmax(-1), torch.randint(3, (2, 7), generator=random)
+    for module in range(2):
+        total = 0.0
+        for i, j in itertools.permutations(range(7), 2):
+            same = float(codes[module, i] @ codes[module, j])
+            alike = group[module, i] == group[module, j]
+            total -= math.log((same + 0.01) / 1.01) if alike else 0.3 * math.log(1.0001 - same)
+        found = predictor.clustering_loss(codes, group, 0.3)[module].item()
+        assert found == pytest.approx(total / 42, rel=1e-5)
 
 
 @pytest.mark.parametrize("detach", predictor.DETACH)
@@ -333,9 +336,9 @@ def test_gradients_stop_where_detach_says(detach):
     everything = {(l, part) for l in range(3) for part in ("predict", "cluster")}
     for l in range(3):
         below = {pair for pair in everything if pair[0] < l} if detach == "none" else set()
-        assert reached(parts[2 * l], student) == below | {(l, "predict")}
+        assert reached(parts[l], student) == below | {(l, "predict")}
         own = {(l, "cluster")} | (set() if "clusterer" in detach else {(l, "predict")})
-        assert reached(parts[2 * l + 1], student) == below | own
+        assert reached(parts[3 + l], student) == below | own
 
 
 @pytest.mark.parametrize("with_teacher", [True, False])
@@ -347,7 +350,7 @@ def test_targets_carry_no_gradient_and_come_from_the_teacher(with_teacher):
     source = teacher if with_teacher else student
     wanted = source[1](source[0](x)[1])[1].detach()
     log_phi = student[2](student[1](student[0](x)[1])[1])[0]
-    assert parts[4].item() == pytest.approx(predictor.prediction_loss(log_phi, wanted)[0].item(), rel=1e-5)
+    assert parts[2].item() == pytest.approx(predictor.prediction_loss(log_phi, wanted)[0].item(), rel=1e-5)
     assert reached(parts[0], teacher) == set()
 
 
@@ -361,7 +364,7 @@ def test_token_heads_see_the_tokens_under_the_cousins():
     for b, t in itertools.product(range(64), range(4)):
         cousin = t ^ 1
         total -= float((log_phi.detach()[b * 4 + t, t % 2, 0] * x[b, cousin * 4 : cousin * 4 + 4]).sum())
-    assert parts[2].item() == pytest.approx(total / (64 * 4 * 4), rel=1e-5)
+    assert parts[1].item() == pytest.approx(total / (64 * 4 * 4), rel=1e-5)
 
 
 def test_moving_average_is_exact():
@@ -372,22 +375,33 @@ def test_moving_average_is_exact():
         assert torch.allclose(new, 0.75 * old + 0.25 * p, atol=1e-7)
 
 
-def test_planted_codes_have_a_lower_loss_than_random_ones():
+def test_exact_contexts_are_grouped_by_parent_and_planted_codes_have_a_lower_loss_than_random_ones():
     g = Grammar.random(8, 2, 3, 3, seed=0)
-    levels = g.sample(512, 1)
-    rows = torch.cat([g.context(0, i, 0, n) for i, ns in ((0, (2, 3)), (1, (0, 1))) for n in ns], 1)  # (v, 4 v)
-    symbols = levels[1].flatten().long()[:256]
-    like = predictor.likeness(rows[symbols].float(), g.v)
-    true = symbols[:, None] == symbols[None]
-    assert (like[true] > 0).all() and (like[~true] < 0).all()  # exact contexts: the pairs are told apart
+    rows = torch.cat([g.context(0, i, 0, n) for i, ns in ((0, (2, 3)), (1, (0, 1))) for n in ns], 1).float()  # (v, 4 v)
+    symbols = torch.stack([h.flatten().long()[:256] for h in (g.sample(128, 1)[1], g.sample(128, 2)[1])])  # two modules
+    random = torch.Generator().manual_seed(0)
+    phi = rows[symbols[0]], rows[symbols[1], :16]  # the second knows one position alone
+    group = predictor.grouping(phi, g.v, random)
+    for found, true in zip(group, symbols):
+        assert torch.equal(found[:, None] == found, true[:, None] == true)
     planted = predictor.one_hot(symbols, 8)
-    random = predictor.one_hot(torch.randint(8, (256,), generator=torch.Generator().manual_seed(0)), 8)
-    assert predictor.clustering_loss(planted, like, 0.5) < predictor.clustering_loss(random, like, 0.5) - 0.1
+    chance = predictor.one_hot(torch.randint(8, (2, 256), generator=random), 8)
+    assert (predictor.clustering_loss(planted, group, 1.0) < predictor.clustering_loss(chance, group, 1.0) - 0.1).all()
 
 
-def test_likeness_needs_no_scale():
-    phi = torch.rand(60, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(predictor.likeness(phi, 8), predictor.likeness(5 * phi, 8), atol=1e-3)
+def test_grouping_finds_the_likeliest_partition():
+    random = torch.Generator().manual_seed(0)
+    n, v = 7, 3
+    phi = torch.rand(n, 2, 4, generator=random).pow(4).add(1e-2)
+    phi = (phi / phi.sum(-1, keepdim=True)).flatten(1)
+
+    def cost(group):
+        parts = [phi[group == k] + 1e-3 for k in range(v)]
+        return sum(float((part * (part / part.mean(0)).log()).sum()) for part in parts if len(part))
+
+    best = min(cost(torch.tensor(group)) for group in itertools.product(range(v), repeat=n))
+    found = [cost(predictor.grouping([phi], v, random)[0]) for _ in range(20)]
+    assert min(found) == pytest.approx(best, rel=1e-4) and sum(f < best * 1.001 for f in found) >= 10
 
 
 def test_learns_level_1_and_not_from_scrambled_strings():
