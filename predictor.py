@@ -149,7 +149,7 @@ def entropy(p):
     return torch.xlogy(p, p).sum(-1).neg().clamp(min=0)
 
 
-def grouping(phi, v, random, rounds=5):
+def grouping(phi, v, random):
     """Which tuples should have the same code: the likeliest way found to share n tuples out among v parents.
 
     phi: M tensors (n, D) of predictions, D of each its own; random: a CPU generator. Returns (M, n) int64, groups
@@ -159,7 +159,8 @@ def grouping(phi, v, random, rounds=5):
     on how well phi is known, and a partition needs no threshold."""
     x = nn.utils.rnn.pad_sequence([p.T for p in phi], batch_first=True, padding_value=1.0).mT
     x = x + 1e-3  # no symbol is impossible
-    distance = ((x * x.log()).sum(-1)[:, None] - x.log() @ x.mT).clamp(min=0)  # (M, n, n): of column from row
+    log = x.log()
+    distance = ((x * log).sum(-1)[:, None] - log @ x.mT).clamp(min=0)  # (M, n, n): of column from row
     starts = min(v, 16)  # with more parents more can go wrong
     noise = torch.empty(v, len(x), starts, x.shape[1]).exponential_(generator=random).to(x.device)
     near, seeds = torch.ones_like(noise[0]), []
@@ -171,7 +172,7 @@ def grouping(phi, v, random, rounds=5):
     seeds = torch.cat(seeds, -1).flatten(1)[:, :, None]
     parents = x.take_along_dim(seeds, 1).unflatten(1, (starts, v))  # (M, starts, v, D)
     x = x[:, None]
-    for _ in range(rounds):
+    for _ in range(5):
         member = F.one_hot((x @ parents.log().mT).argmax(-1), v).float()  # (M, starts, n, v)
         parents = member.mT @ x / member.sum(-2)[..., None].clamp(min=1)
     likelihood, group = (x @ parents.log().mT).max(-1)
