@@ -37,7 +37,7 @@ from grammar import (
 
 TARGETS = ("latent", "token", "joint")
 DETACH = ("none", "layers", "layers+clusterer")
-
+STARTS, TRIALS, ROUNDS = 4, 4, 5  # of the k-means that says which tuples are alike; trials: candidates for a new seed
 
 FLAGS = {  # name: (default, type, help)
     "steps": (800, whole(1), "training steps, at most; the paper: as many as --epochs gives"),
@@ -53,7 +53,9 @@ FLAGS = {  # name: (default, type, help)
     "gate": (0.1, real(0, 1), "share of the target's information that a predictor must have found before its clusterer "
                               "learns at full rate, 0 to 1; ours, 0: no gate"),
 }
-SETTINGS = {name: default for name, (default, _, _) in FLAGS.items()} | {"test_strings": TEST_STRINGS}
+SETTINGS = {name: default for name, (default, _, _) in FLAGS.items()} | {
+    "starts": STARTS, "trials": TRIALS, "rounds": ROUNDS, "test_strings": TEST_STRINGS
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,18 +163,19 @@ def grouping(phi, v, random):
     x = x + 1e-3  # no symbol is impossible
     log = x.log()
     distance = ((x * log).sum(-1)[:, None] - log @ x.mT).clamp(min=0)  # (M, n, n): of column from row
-    starts = min(v, 16)  # with more parents more can go wrong
-    noise = torch.empty(v, len(x), starts, x.shape[1]).exponential_(generator=random).to(x.device)
-    near, seeds = torch.ones_like(noise[0]), []
-    for draw in noise:  # k-means++: a tuple is drawn in proportion to its distance from the seeds so far
-        seed = (near / draw).argmax(-1, keepdim=True)  # (M, starts, 1)
-        far = distance.take_along_dim(seed, 1)
-        near = torch.minimum(near, far) if seeds else far
-        seeds.append(seed)
+    noise = torch.empty(v, len(x), STARTS, x.shape[1]).exponential_(generator=random).to(x.device)
+    near, seeds = torch.full_like(noise[0], 1e9), []  # near: the distance to the nearest seed; there is none yet
+    for draw in noise:  # greedy k-means++: of a few tuples drawn in proportion to that distance, the best
+        trials = (near / draw).topk(min(TRIALS, x.shape[1])).indices  # (M, starts, trials)
+        far = distance.take_along_dim(trials.flatten(1)[:, :, None], 1).unflatten(1, (STARTS, -1))
+        left = torch.minimum(near[:, :, None], far)  # (M, starts, trials, n)
+        best = left.sum(-1).argmin(-1, keepdim=True)
+        seeds.append(trials.take_along_dim(best, -1))
+        near = left.take_along_dim(best[..., None], 2)[:, :, 0]
     seeds = torch.cat(seeds, -1).flatten(1)[:, :, None]
-    parents = x.take_along_dim(seeds, 1).unflatten(1, (starts, v))  # (M, starts, v, D)
+    parents = x.take_along_dim(seeds, 1).unflatten(1, (STARTS, v))  # (M, starts, v, D)
     x = x[:, None]
-    for _ in range(5):
+    for _ in range(ROUNDS):
         member = F.one_hot((x @ parents.log().mT).argmax(-1), v).float()  # (M, starts, n, v)
         parents = member.mT @ x / member.sum(-2)[..., None].clamp(min=1)
     likelihood, group = (x @ parents.log().mT).max(-1)
