@@ -17,8 +17,8 @@ All depends on what is predicted. Every level that lies between a tuple and its 
   joint   the cousin tuple itself, one of v m: the table of cousin pairs is clustered from both sides, v m^2.
 
 Measured by `python sweep.py --depth 2..6` (v=8 s=2 m=4, 5 seeds, 19 s on 2 x86 cores, torch 2.13): per
-level from L = 3 to 6, P* grows by 1.02 [0.94, 1.11] for latent, 4.22 [3.71, 4.83] for token, 4.70 [4.03, 5.51]
-for root and 0.95 [0.93, 0.98] for joint. Against the paper's figure 3 see README.md.
+level from L = 3 to 6, P* grows by 1.02 [0.95, 1.11] for latent, 4.22 [3.71, 4.83] for token, 4.70 [4.04, 5.52]
+for root and 0.94 [0.89, 0.98] for joint. Against the paper's figure 3 see README.md.
 """
 
 from dataclasses import dataclass

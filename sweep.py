@@ -17,8 +17,7 @@ sizes from which on the accuracy of level L-1 stays above 0.5 and 0.9, interpola
   samples_vs_depth.png     drawn by plot.py, where matplotlib is installed
 Stop it at any time: the same command continues. Other methods, depths, m, seeds or longer ladders add to the folder.
 
-On 2 cores of an x86 virtual machine (torch 2.13) they take 19 s, 13 minutes (on a slower machine), 17 minutes, and a
-minute.
+On 2 cores of an x86 virtual machine (torch 2.13) they take 19 s, 7 minutes, 17 minutes, and a minute.
 """
 
 import csv
