@@ -350,7 +350,7 @@ def main():
         parser.error(f"argument --{error}")
     except ImportError:
         bar.close()
-        parser.error("argument --combine: upgrad needs a package: pip install 'torchjd[quadprog_projector]'")
+        parser.error("argument --combine: upgrad needs a package: pip install 'torchjd[quadprog-projector]'")
     bar.close()
     print(f"{args.samples} strings of {args.s**args.depth} tokens, v={args.v} s={args.s} m={args.m} L={args.depth}")
     print(f"target {args.target}, detach {args.detach}, d_h = {stack[0].d}; v m^3 = {args.v * args.m**3}")
