@@ -53,13 +53,13 @@ TABLE = (  # setting, type, then its value in the presets tree, transformer and 
     ("encoder", str, "tree", "transformer", "transformer", "tree or transformer"),
     ("width", whole(4, 2**14), 32, 64, 2048, "d, features per position; a multiple of heads"),
     ("hidden", whole(1, 2**16), 64, 128, 8192, "hidden units of the two-layer networks"),
-    ("layers", whole(1, 100), 3, 3, 8, "transformer blocks; the tree has one up and one down for every level"),
+    ("layers", whole(1, 100), 3, 6, 8, "transformer blocks; the tree has one up and one down for every level"),
     ("heads", whole(1, 256), 4, 4, 32, "of the transformer's attention"),
     ("attention_bias", bool, False, False, False, "transformer: a learned T x T bias for every head"),
     ("dropout", real(0, 0.9), 0.0, 0.0, 0.1, "probability, transformer alone, on the two branches of a block"),
-    ("top", whole(1, 100), 3, 2, 4, "K, how many of the last maps are the target; at most all are"),
+    ("top", whole(1, 100), 3, 3, 4, "K, how many of the last maps are the target; at most all are"),
     ("regime", str, "offline", "offline", "online", "offline: P strings, many times; online: always fresh ones"),
-    ("steps", whole(1), 4000, 4000, 262144, "optimiser steps"),
+    ("steps", whole(1), 4000, 8000, 262144, "optimiser steps"),
     ("batch", whole(1, 2**20), 64, 64, 512, "strings per step"),
     ("mask", real(0, 1), 0.3, 0.3, 0.15, "probability that a position is masked; one in every string is"),
     ("mask_block", blocks, "mixed", "mixed", 0, "level k of the nodes that are masked, all s^k tokens beneath at once: "
@@ -67,7 +67,7 @@ TABLE = (  # setting, type, then its value in the presets tree, transformer and 
     ("ema", real(0, 1), 0.97, 0.97, 0.99, "share of the teacher that remains after a step"),
     ("lr", real(0, 1), 4e-3, 3e-3, 1e-4, "learning rate of AdamW for targets other than token"),
     ("lr_token", real(0, 1), 4e-3, 3e-3, 1e-4, "learning rate of AdamW for target token"),
-    ("decay", real(0, 10), 0.3, 0.5, 0.01, "weight decay of AdamW, on matrices and embeddings, times lr per step"),
+    ("decay", real(0, 10), 0.3, 0.2, 0.01, "weight decay of AdamW, on matrices and embeddings, times lr per step"),
     ("warmup", whole(1), 100, 100, 1, "steps over which the learning rate rises to its value"),
 )
 Settings = namedtuple("Settings", [row[0] for row in TABLE])
@@ -307,7 +307,8 @@ def readout(encoder, s, L):
 
 
 def mlp_probe(features, labels, v, steps=2000, lr=1e-3, batch=256):
-    """The paper's other probe: d -> 2d -> v with GELU and dropout 0.1, by Adam. Arguments and result as above."""
+    """The paper's other probe: d -> 2d -> v with GELU and dropout 0.1, by Adam. Arguments and result are those of
+    grammar.linear_probe."""
     random = torch.Generator().manual_seed(0)
     d = features.shape[1]
     net = initialise(network(d, 2 * d, v), random).to(features)
