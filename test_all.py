@@ -427,7 +427,7 @@ def test_same_seed_same_weights():
 TINY = {
     "tree": data2vec.PRESETS["tree"]._replace(width=16, hidden=24, steps=3, batch=8),
     "transformer": data2vec.PRESETS["transformer"]._replace(
-        width=16, hidden=24, steps=3, batch=8, attention_bias=True, dropout=0.1
+        width=16, hidden=24, layers=3, steps=3, batch=8, attention_bias=True, dropout=0.1
     ),
 }
 both = pytest.mark.parametrize("preset", TINY)
