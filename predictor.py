@@ -154,8 +154,8 @@ def entropy(p):
 def grouping(phi, v, random):
     """Which tuples should have the same code: the likeliest way found to share n tuples out among v parents.
 
-    phi: M tensors (n, D) of predictions, D of each its own; random: a CPU generator. Returns (M, n) int64, groups
-    0..v-1. It is k-means where a tuple is as far from a parent as KL(phi of the tuple | mean phi of the parent's
+    phi: M tensors (n, D) of predictions, D of each its own, every distribution times its weight; random: a CPU
+    generator. Returns (M, n) int64, groups 0..v-1. It is k-means where a tuple is as far from a parent as KL(phi of the tuple | mean phi of the parent's
     tuples); M modules and several random starts side by side, and of these the best. The paper calls two tuples like
     where cos(phi_i, phi_j) is above a fixed threshold. Ours to change: how far parents are apart depends on v, m, s and
     on how well phi is known, and a partition needs no threshold."""
@@ -220,7 +220,10 @@ def losses(student, teacher, x, v, target, detach, random, settings):
         predictions.append(prediction)
         gains.append(gain)
         some = torch.randperm(len(log_phi), generator=random)[: 2 * len(x)].to(x.device)  # enough; the paper takes 300
-        phi.append(log_phi.detach()[some].exp().flatten(1))
+        guess = log_phi.detach()[some].exp()
+        if target == "joint":  # what a cousin's elements tell, its parent tells better: all s weigh as much as it alone
+            guess[..., : module.s, :] /= module.s
+        phi.append(guess.flatten(1))
         items.append(above.reshape(-1, module.d)[some])
         if target != "token" and l < len(student) - 1:
             wanted = lifted

@@ -367,6 +367,25 @@ def test_token_heads_see_the_tokens_under_the_cousins():
     assert parts[1].item() == pytest.approx(total / (64 * 4 * 4), rel=1e-5)
 
 
+def test_joint_heads_see_the_elements_of_the_cousins_and_their_symbols(monkeypatch):
+    g = Grammar.random(4, 2, 2, 4, seed=0)
+    student, teacher = stack_for(2, 4, target="joint"), stack_for(2, 4, target="joint", seed=1)
+    grouping, given = predictor.grouping, []
+    monkeypatch.setattr(predictor, "grouping", lambda phi, *rest: given.extend(phi) or grouping(phi, *rest))
+    parts = parts_for(g, student, teacher, target="joint")
+    elements = teacher[0](predictor.one_hot(g.sample(64, 1)[0], 4))[1].detach()
+    symbols = teacher[1](elements)[1].detach()
+    log_phi = student[1](student[0](predictor.one_hot(g.sample(64, 1)[0], 4))[1])[0].detach()  # (64 * 4, 2, 1, 3, d)
+    total = 0.0
+    for b, t in itertools.product(range(64), range(4)):
+        cousin = t ^ 1
+        seen = torch.cat([elements[b, 2 * cousin : 2 * cousin + 2], symbols[b, cousin : cousin + 1]])
+        total -= float((log_phi[b * 4 + t, t % 2, 0] * seen).sum())
+    assert parts[1].item() == pytest.approx(total / (64 * 4 * 3), rel=1e-5)
+    for phi in given:  # the two elements weigh as much as the symbol, where tuples are grouped
+        assert torch.allclose(phi.view(-1, 3, student[0].d).sum(-1), torch.tensor([0.5, 0.5, 1.0]))
+
+
 def test_moving_average_is_exact():
     student, teacher = stack_for(2, 3), stack_for(2, 3, seed=1)
     before = [p.clone() for p in teacher.parameters()]
