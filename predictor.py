@@ -155,10 +155,10 @@ def grouping(phi, v, random):
     """Which tuples should have the same code: the likeliest way found to share n tuples out among v parents.
 
     phi: M tensors (n, D) of predictions, D of each its own, every distribution times its weight; random: a CPU
-    generator. Returns (M, n) int64, groups 0..v-1. It is k-means where a tuple is as far from a parent as KL(phi of the tuple | mean phi of the parent's
-    tuples); M modules and several random starts side by side, and of these the best. The paper calls two tuples like
-    where cos(phi_i, phi_j) is above a fixed threshold. Ours to change: how far parents are apart depends on v, m, s and
-    on how well phi is known, and a partition needs no threshold."""
+    generator. Returns (M, n) int64, groups 0..v-1. It is k-means where a tuple is as far from a parent as KL(phi of the
+    tuple | mean phi of the parent's tuples); M modules and several random starts side by side, and of these the best.
+    The paper calls two tuples like where cos(phi_i, phi_j) is above a fixed threshold. Ours to change: how far parents
+    are apart depends on v, m, s and on how well phi is known, and a partition needs no threshold."""
     x = nn.utils.rnn.pad_sequence([p.T for p in phi], batch_first=True, padding_value=1.0).mT
     x = x + 1e-3  # no symbol is impossible
     log = x.log()
