@@ -17,7 +17,7 @@ L-1 modules of one form stand on top of each other. Module l turns s^(L-l) codes
 Labels are used in the scores alone. The exact losses are not public; what we chose is said where it is done.
 
 Measured by `python sweep.py --depth 3..6 --m 3 --methods predictor,predictor-joint` (v=8 s=2, v m^3 = 216, seeds 0-2,
-torch 2.13 on a CPU): P* of level L-1 is 162, 190, 260, 235 for L = 3..6 with target latent, 129, 162, 206, 172 with
+torch 2.13 on a CPU): P* of level L-1 is 162, 190, 260, 235 for L = 3..6 with target latent, 113, 156, 169, 181 with
 joint. At v=16 s=3 m=8 L=3 and P = 2 v m^3 the accuracy of level 2 is .998, .988, 1.000.
 """
 
