@@ -373,9 +373,10 @@ def test_joint_heads_see_the_elements_of_the_cousins_and_their_symbols(monkeypat
     grouping, given = predictor.grouping, []
     monkeypatch.setattr(predictor, "grouping", lambda phi, *rest: given.extend(phi) or grouping(phi, *rest))
     parts = parts_for(g, student, teacher, target="joint")
-    elements = teacher[0](predictor.one_hot(g.sample(64, 1)[0], 4))[1].detach()
+    x = predictor.one_hot(g.sample(64, 1)[0], 4)
+    elements = teacher[0](x)[1].detach()
     symbols = teacher[1](elements)[1].detach()
-    log_phi = student[1](student[0](predictor.one_hot(g.sample(64, 1)[0], 4))[1])[0].detach()  # (64 * 4, 2, 1, 3, d)
+    log_phi = student[1](student[0](x)[1])[0].detach()  # (64 * 4, 2, 1, 3, d)
     total = 0.0
     for b, t in itertools.product(range(64), range(4)):
         cousin = t ^ 1
