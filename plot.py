@@ -100,8 +100,7 @@ def draw_depth(rows, path):
         axis.set(yscale="log", xlabel="depth $L$ (levels above the tokens)", xticks=depths)
         axis.set_title(f"v={v}, s={s}, m={m}" + f" ({variant})" * bool(variant), fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
-        small = len(methods) > 5  # or the legend hides points
-        axis.legend(frameon=False, fontsize=7 if small else 9, labelspacing=0.2 if small else 0.5, loc="upper left")
+        axis.legend(frameon=False, fontsize=9 if len(methods) < 6 else 7, loc="upper left")  # a large one hides points
     seeds = sorted({row["seeds"] for row in rows})
     seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
     for row in axes:
