@@ -18,8 +18,15 @@ second, 12 times the plain sampler of the same run (66 million), a 36th of a mem
 """
 
 import argparse
+import difflib
+import os
+import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +37,7 @@ CHUNK_TOKENS = 2**18  # tokens sampled at a time: small enough for the cache, la
 PROBE_STRINGS = 2048  # labelled fresh strings that a probe is trained on
 TEST_STRINGS = 4096   # other fresh strings, that every score is taken on
 RIDGE = 1e-3          # of the linear probe, on features of size about 1
+MEMORY = 2**34        # bytes: what would need more is refused before it starts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,7 +389,104 @@ def examine(features, exam):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the command line that all scripts share
+# what the scripts share: one form of settings, scores, strings and command lines
+
+
+class Setting(NamedTuple):
+    """One row of a learner's table of settings. The table makes the command-line flags, checks what Python gives as
+    strictly as what the command line gives, and is what a sweep stores in settings.json."""
+
+    name: str
+    kind: Callable    # reads the value from text, and says what is allowed: whole, real, choice or switch
+    default: object
+    paper: object     # what the paper uses; None where the paper has no such thing
+    help: str
+
+
+class Score(NamedTuple):
+    """What one run of the sweep has learned, measured on fresh strings."""
+
+    accuracy: list      # a float for every level 1..L-1, and one more if the learner reports the root
+    collapsed: list     # of bool, as long: fewer than v symbols are in use
+    floor: list = None  # of float, as long: the same measure before any training; None where it would be chance
+    diverged: int = 0   # the step whose loss was no longer finite; 0 if all were
+
+
+def read_settings(table, presets, given):
+    """The values of all settings as attributes of one object: the defaults, changed by the preset, changed by given.
+
+    table: the learner's SETTINGS; presets: {name: {setting: value}}, the first is the default; given: {name: value},
+    which may name a preset. Raises ValueError, naming the setting and what is allowed."""
+    given = dict(given)
+    preset = given.pop("preset", next(iter(presets)))
+    if preset not in presets:
+        raise ValueError(f"preset: must be one of {', '.join(presets)}, not {preset!r}")
+    kinds = {row.name: row.kind for row in table}
+    values = {row.name: row.default for row in table} | presets[preset]
+    for name, value in given.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1) or kinds
+            raise ValueError(f"{name}: no such setting; there is {', '.join(near)}")
+        try:
+            values[name] = kinds[name](str(value))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name.replace('_', '-')}: {error}") from None
+    return SimpleNamespace(**values)
+
+
+def paper_preset(table):
+    """{setting: the paper's value}, for the settings that the paper has."""
+    return {row.name: row.paper for row in table if row.paper is not None}
+
+
+def add_settings(parser, table, presets):
+    """A flag for every row of a table of settings, and --preset. A flag that is not given is None."""
+    if len(presets) > 1:
+        parser.add_argument("--preset", choices=presets, help=f"of the settings below (default {next(iter(presets))})")
+    for row in table:
+        flag = "--" + row.name.replace("_", "-")
+        paper = "" if row.paper is None else f"; the paper: {row.paper}"
+        bare = {"nargs": "?", "const": True} if row.kind is switch else {}  # --flag alone switches it on
+        parser.add_argument(flag, type=row.kind, help=f"{row.help} (default {row.default}{paper})", **bare)
+
+
+def given_settings(table, args):
+    """{name: value} of the flags of add_settings that were given."""
+    names = ["preset", *(row.name for row in table)]
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def as_strings(x, v, s):
+    """Anyone's strings -> ((P, s^L) uint8 tensor on x's device, L).
+
+    x: an integer tensor, array or list of lists of symbols 0..v-1. Raises ValueError, naming the argument, unless
+    there is a string, its length is a power of s from s^2 on, and every entry is a whole number that is a symbol."""
+    if not 2 <= v <= 256:
+        raise ValueError(f"v = {v}: allowed is 2 to 256, one byte per symbol")
+    if s < 2 or v**s >= 2**63:
+        raise ValueError(f"s = {s}: allowed is 2 or more, with v^s below 2^63")
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError("x: strings must all have one length, and hold whole numbers") from None
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"x: symbols must be whole numbers, not {x.dtype}")
+    length = x.shape[1] if x.ndim == 2 and len(x) else 0
+    L = 0
+    while length > s**L:
+        L += 1
+    if L < 2 or length != s**L:
+        raise ValueError(f"x: must be (P, s^L) with P >= 1 and L >= 2, not {tuple(x.shape)} for s = {s}")
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high >= v:
+        raise ValueError(f"x: symbols must lie in 0..v-1 = {v - 1}, not {low}..{high}")
+    return x.to(torch.uint8), L
+
+
+def check_memory(name, need, what):
+    """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
+    if need > MEMORY:
+        raise ValueError(f"{name}: {what} would need {need / 2**30:.3g} GiB, at most {MEMORY / 2**30:.3g} are allowed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -398,8 +503,9 @@ def whole(low, high=2**31 - 1):
     """An argparse type: a whole number from low to high."""
 
     def read(text):
-        if not text.lstrip("+-").isdigit() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+        digits = text.lstrip("+-")
+        if not (digits.isascii() and digits.isdigit() and len(text) < 20 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text[:20]!r}")
         return int(text)
 
     return read
@@ -414,13 +520,31 @@ def real(low, high):
         except ValueError:
             number = float("nan")
         if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not {text[:20]!r}")
         return number
 
     return read
 
 
-def add_grammar_flags(parser, m=4, samples=None):
+def choice(*words):
+    """An argparse type: one of some words."""
+
+    def read(text):
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(words)}, not {text[:20]!r}")
+        return text
+
+    return read
+
+
+def switch(text):
+    """An argparse type: true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text[:20]!r}")
+    return text.lower() == "true"
+
+
+def add_grammar_flags(parser, m=3, samples=None):
     """The flags of one grammar and one sample, the same in every script."""
     parser.add_argument("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     parser.add_argument("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
@@ -429,7 +553,7 @@ def add_grammar_flags(parser, m=4, samples=None):
     parser.add_argument("--seed", type=whole(0), default=0, help="seed of the rules and of the strings (default 0)")
     if samples:
         parser.add_argument("--samples", type=whole(1), default=samples, help=f"P, training strings ({samples})")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
 
 
 def grammar_from_flags(parser, args):
@@ -441,13 +565,45 @@ def grammar_from_flags(parser, args):
 
 
 def pick_device(parser, name):
-    """auto, cpu, cuda or mps -> the device's name; one that is not there ends the script with exit code 2."""
+    """auto, cpu, cuda, cuda:N or mps -> the device's name; one that is not there ends the script with exit code 2.
+
+    auto is cuda where there is one, otherwise cpu; mps, never tried by us, has to be asked for by name."""
     there = ["cpu"]
-    there += ["cuda"] if torch.cuda.is_available() else []
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    if name != "auto" and name not in there:
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if name == "auto":
+        return "cuda" if "cuda" in there else "cpu"
+    if name not in there:
         parser.error(f"argument --device: {name!r} is not available here; choose from auto, {', '.join(there)}")
-    return there[-1] if name == "auto" else name
+    return name
+
+
+def run_script(main):
+    """Call a script's main. What ends it from outside gives one line and no traceback: Ctrl-C or SIGTERM, a reader of
+    the output that has gone (`| head`), a full disk, too little memory."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    program = os.path.basename(sys.argv[0])
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise SystemExit(1) from None
+    except OSError as error:
+        print(f"{program}: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"{program}: out of memory; fewer or shorter strings need less", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,4 +703,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
