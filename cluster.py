@@ -60,14 +60,16 @@ class Support:
     sorted, the base-v numbers of the tuples that occur in h."""
 
     def __init__(self, h, v, s):
-        self.v, self.s = v, s
-        found = [self.spell(h[rows]).unique() for rows in chunks(h)]
-        self.codes = torch.cat(found).unique()
-        self.number = None
-        if v**s <= DENSE_TUPLES:
-            K = len(self.codes)
-            self.number = torch.full((v**s,), K, device=h.device)
-            self.number[self.codes] = torch.arange(K, device=h.device)
+        self.v, self.s, self.number = v, s, None
+        parts = (self.spell(h[rows]).flatten() for rows in chunks(h))
+        if v**s > DENSE_TUPLES:
+            self.codes = torch.cat([codes.unique() for codes in parts]).unique()
+            return
+        times = sum(torch.bincount(codes, minlength=v**s) for codes in parts)
+        self.codes = times.nonzero()[:, 0]
+        K = len(self.codes)
+        self.number = torch.full((v**s,), K, device=h.device)
+        self.number[self.codes] = torch.arange(K, device=h.device)
 
     def spell(self, h):
         """(n, N s) symbols -> (n, N) int64 codes."""
