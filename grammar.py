@@ -19,6 +19,7 @@ second, 12 times the plain sampler of the same run (66 million), a 36th of a mem
 
 import argparse
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -487,6 +488,38 @@ def check_memory(name, need, what):
     """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
     if need > MEMORY:
         raise ValueError(f"{name}: {what} would need {need / 2**30:.3g} GiB, at most {MEMORY / 2**30:.3g} are allowed")
+
+
+def strings_bytes(P, s, L):
+    """Bytes of P derivations as sample returns them: one for every node of every level."""
+    return P * sum(s**l for l in range(L + 1))
+
+
+def new_file(text):
+    """An argparse type: the name of a file that can be written."""
+    folder = os.path.dirname(text) or "."
+    if not text or not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, not {text!r}")
+    if os.path.exists(text) and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"must be a file, and {text!r} is none")
+    return text
+
+
+def write_whole(path, write):
+    """Write a file in one go: write(file), file open in bytes, fills one beside it, which then
+    takes its place. So whatever happens, path holds the old bytes or all the new ones."""
+    path = os.path.realpath(path)  # what a link points to is replaced, not the link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a file", path)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
 
 
 class Parser(argparse.ArgumentParser):

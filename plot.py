@@ -1,197 +1,711 @@
 """
-The pictures, from the files that sweep.py writes.
+The pictures, from CSV files alone. Each is written into the folder of its files.
 
-    python plot.py out/                                           a sweep's folder
-    python data2vec.py --depth 4 --trace 0.csv; python plot.py 0.csv    the trace of a run, or of several
+    python plot.py out/                        a sweep's folder
+    python plot.py out/ paper_readings.csv     with the paper's P* as stars in collapse.png
+    python plot.py 0.csv 1.csv                 traces of data2vec.py, or of predictor.py
+    python plot.py contrast.csv                from grammar.py --contrast --csv contrast.csv
 
-  samples_vs_depth.png   P* against depth: a line per method with its 95 % interval over the seeds, an open marker
-                         with an arrow where P* lies beyond the longest ladder, and the laws of the theory as guides;
-                         a column of panels for every grammar size, a row for every variant of a learner such as
-                         another mask; thicker lines for the same with more steps
-  collapse.png           where several m are there, at the largest depth: the accuracy of level L-1 against P, against
-                         P/(v m^3) and against P/(v m^(L+1)), a line per seed (the paper's figures 3 and 11). The
-                         panel in which the lines of all m fall together shows the law
-  phases.png             from traces: when each level rises while data2vec is trained (the paper's figures 5 and 13)
+  samples_vs_depth.png   P* against depth: the learner is the style of a line and its marker, the
+                         target its colour; P* of the root has a panel of its own
+  collapse.png           where several m are there, at the largest depth: accuracy of level L-1
+                         against P, P/(v m^3) and P over another law (the paper's figures 3, 11)
+  phases.png             when each level rises while a network is trained (figures 5, 10, 13)
+  contrast.png           how far apart parents' contexts are on each level, for each target
+
+All files are read and checked before anything is drawn.
 """
 
 import argparse
 import csv
+import io
+import logging
+import math
+import os
+import re
 import sys
-from itertools import zip_longest
+import textwrap
+import uuid
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")  # draws to files, needs no screen
-import matplotlib.pyplot as plt
+# light and dark enough to be told apart in grey, and by colour-blind eyes
+COLOURS = {"latent": "#005a9c", "token": "#d55e00", "root": "#000000", "joint": "#5cc8a5"}
+SPARE_COLOURS = ("#aa3377", "#e6b000", "#7fb8e8", "#7a6a53", "#999999")
+LINES = {"cluster": ("-", "o"), "predictor": ("--", "s"), "data2vec": (":", "^")}
+SPARE_LINES = (("-.", "D"), ("-.", "v"), ("-.", "P"), ("-.", "X"))
+MARKERS = "osD^vPX*" * 8
+NAMES = {"latent": "own latents", "token": "tokens", "root": "labels", "joint": "joint"}
+PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}  # its methods: our learners
 
-STYLES = {  # by target: colour and marker, told apart in grey and by colour-blind eyes
-    "latent": ("#0072b2", "o"), "token": ("#d55e00", "s"), "root": ("#000000", "^"), "joint": ("#009e73", "D"),
-    "cousins": ("#56b4e9", "v"), "element": ("#cc79a7", "P"), "stacked": ("#e69f00", "X"),
+POWERS = {  # a law's name: its power of m at depth L
+    "v\\,m^2": lambda L: 2,
+    "v\\,m^3": lambda L: 3,
+    "v\\,m^L": lambda L: L,
+    "v\\,m^{L+1}": lambda L: L + 1,
 }
-DASHES = {"cluster": "-", "predictor": (0, (5, 1)), "data2vec": (0, (1, 1))}  # by learner
-THICKNESS = {"long": 2.5, "longer": 3.5}  # of lines, by steps
-GUIDES = {"$v\\,m^3$": lambda v, m, L: v * m**3, "$v\\,m^{L+1}$": lambda v, m, L: v * m ** (L + 1),
-          "$v\\,m^L$": lambda v, m, L: v * m**L, "$v\\,m^2$": lambda v, m, L: v * m**2}
+OWN_LAW = {"joint": "v\\,m^2", "root": "v\\,m^L", "token": "v\\,m^{L+1}"}  # of others: v m^3
+SIGNS = {  # status of a cell that is only bounded: what stands at its open marker
+    "beyond Pmax": ("\u2191", "beyond the ladder"),
+    "limited by steps": ("\u22a4", "limited by steps"),
+    "not finished": ("?", "ladder not finished"),
+    "below Pmin": ("\u2193", "below the ladder"),
+    "untrained": ("\u2020", "above 0.5 without training"),
+}
+MOST_LINES = 8  # of a panel; where there are more, every variant of the settings gets a panel
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 130,
+    "savefig.bbox": "tight",
+}
 
 
-def read(path, columns):
-    """The rows of a CSV file as dictionaries, numbers as numbers. Raises ValueError if it is not one of sweep.py's."""
+# --------------------------------------------------------------------------------------------------
+# read and check
+
+
+def whole(low, high):
+    def read(text):
+        if not (text.isascii() and text.isdigit() and len(text) < 16 and low <= int(text) <= high):
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def real(low, high, empty=None):
+    """A reader of numbers; an empty cell, where it may be, is the value of empty."""
+
+    def read(text):
+        if not text and empty is not None:
+            return empty
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return number
+
+    return read
+
+
+def matching(pattern):
+    def read(text):
+        if not re.fullmatch(pattern, text):
+            raise ValueError("is nothing that our scripts write there")
+        return text
+
+    return read
+
+
+def star(text):
+    """A cell of P*: "413", "> 4096", "< 16" or empty -> (sign, number); a number's sign is "="."""
+    if not text:
+        return "", math.nan
+    sign, _, bound = text.rpartition(" ")
+    if sign not in ("", "<", ">"):
+        raise ValueError("must be a number, > number or < number")
+    return sign or "=", count(bound)
+
+
+count = real(1e-9, 1e18)
+end = real(1e-9, 1e18, empty=math.nan)  # of an interval
+word = matching(r"[\w.+=:()^-]+")  # nothing that a picture would take for a formula
+READERS = {
+    "method": word, "target": word, "status": matching("|".join(["", "not run", *SIGNS])),
+    "v": whole(2, 2**16), "s": whole(2, 2**16), "m": whole(1, 2**31), "L": whole(2, 24),
+    "zipf": real(0, 1e3, empty=0.0), "P": whole(1, 1e15), "seed": whole(0, 1e15),
+    "seeds": whole(0, 1e6), "level": whole(0, 24), "accuracy": real(0, 1),
+    "P50": star, "P50_lo": end, "P50_hi": end, "root_P50": star, "root_P50_lo": end,
+    "root_P50_hi": end, "root_floor": real(0, 1, empty=0.0), "contrast": real(0, 1e9),
+    "P_star": count, "step": whole(0, 1e15),
+}
+KINDS = {  # what a file with these columns is
+    "depth": "method v s m L P50 P50_lo P50_hi seeds".split(),
+    "runs": "method v s m L P seed level accuracy".split(),
+    "contrast": "v s m L target level contrast".split(),
+    "paper": "method v s m L target P_star".split(),
+    "data2vec": ["step", "unseen 1", "synonyms 1"],
+    "predictor": ["step", "accuracy 1", "prediction 1"],
+}
+MAY_BE_MISSING = "zipf status root_P50 root_P50_lo root_P50_hi root_floor".split()
+
+
+def read(path):
+    """A CSV file -> its kind, by its columns, and its rows as dictionaries of checked values.
+
+    Raises ValueError, of one line that names the file and the line in it."""
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_bytes().decode()
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        lines = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path} ({error})") from None
-    if not rows or not set(columns) <= set(rows[0]):
-        raise ValueError(f"{path} has no rows with the columns {', '.join(columns)}")
-    try:
-        return [{k: int(x) if k in ("v", "s", "m", "L", "P", "seed", "level", "seeds") else x for k, x in row.items()}
-                for row in rows]
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} has a row that sweep.py did not write") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read ({reason})") from None
+    header = table.fieldnames or []
+    kind = next((kind for kind, needs in KINDS.items() if set(needs) <= set(header)), None)
+    if kind is None or not lines:
+        raise ValueError(f"{path}: is no table or trace of our scripts, or has no rows")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path}: is cut off in its last line")
+
+    readers = {name: READERS[name] for name in KINDS[kind] + MAY_BE_MISSING if name in READERS}
+    levels = [name for name in header if re.fullmatch(r"[a-z]+ \d", name)]
+    readers |= {name: float for name in levels}  # of a trace; nan is a gap in its line
+    rows = []
+    for number, row in lines:
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: line {number}: must have {len(header)} cells")
+        for name, reader in readers.items():
+            cell = row.get(name, "")
+            try:
+                row[name] = reader(cell)
+            except ValueError as error:
+                where = f"line {number}: {name} = {cell[:20]!r}"
+                raise ValueError(f"{path}: {where}: {error}") from None
+        rows.append(row)
+    return kind, rows
 
 
-def draw_depth(rows, path):
-    """samples_vs_depth.png from the rows of samples_vs_depth.csv; a column of panels for every grammar size (v, s, m),
-    and a row for every variant of the learners, such as a mask, in which targets can be compared."""
-    panels = {}
-    for row in rows:
-        words = row["method"].split("-")[1:]
-        variant = "-".join(word for word in words if word not in STYLES and word not in THICKNESS)
-        panels.setdefault((variant, (row["v"], row["s"], row["m"])), []).append(row)
-    variants = list(dict.fromkeys(variant for variant, _ in panels))
-    sizes = sorted({size for _, size in panels})
-    wide, high = len(sizes), len(variants)
-    if wide == 1 or high == 1:  # rows of three serve better
-        wide, high = min(3, len(panels)), -(-len(panels) // 3)
-    cells = [(variant, size) for variant in variants for size in sizes]
-    depths = sorted({row["L"] for row in rows})
-    inches = 1.5 + 5.2 * wide, 0.8 + (3.8 if high == 1 else 3.0) * high
-    figure, axes = plt.subplots(high, wide, figsize=inches, squeeze=False, sharey=True)
-    for axis, cell in zip_longest(axes.flat, cells):
-        if cell not in panels:
-            axis.remove()
-            continue
-        (variant, (v, s, m)), panel = cell, panels[cell]
-        methods = list(dict.fromkeys(row["method"] for row in panel))
-        for i, method in enumerate(methods):
-            learner, *words = method.split("-")
-            colour, marker = STYLES[next((word for word in words if word in STYLES), "latent")]
-            thickness = next((THICKNESS[word] for word in words if word in THICKNESS), 1.5)
-            style = {"color": colour, "marker": marker, "markersize": 4.5 + thickness, "linewidth": thickness}
-            shift = 0.03 * (i - (len(methods) - 1) / 2)  # so that bars don't hide each other
-            known = [row for row in panel if row["method"] == method and row["P50_lo"]]
-            x = [row["L"] + shift for row in known]
-            y = [float(row["P50"]) for row in known]
-            bars = [[a - float(row["P50_lo"]) for a, row in zip(y, known)],
-                    [float(row["P50_hi"]) - a for a, row in zip(y, known)]]
-            axis.errorbar(x, y, bars, linestyle=DASHES.get(learner, "-."), capsize=3, label=method, **style)
-            for row in panel:
-                if row["method"] == method and not row["P50_lo"]:  # "> Pmax" or "< Pmin"
-                    sign, bound = row["P50"].split()
-                    axis.plot(row["L"] + shift, float(bound), fillstyle="none", **style)
-                    tip = float(bound) * (1.8 if sign == ">" else 1 / 1.8)
-                    axis.annotate("", (row["L"] + shift, tip), (row["L"] + shift, float(bound)),
-                                  arrowprops={"arrowstyle": "->", "color": colour})
-        for name, law in GUIDES.items():
-            y = [law(v, m, L) for L in depths]
-            axis.plot(depths, y, color="0.65", linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
-            axis.annotate(name, (depths[-1], y[-1]), (6, 0), textcoords="offset points", color="0.4", va="center")
-        axis.set(yscale="log", xlabel="depth $L$ (levels above the tokens)", xticks=depths)
-        axis.set_title(f"v={v}, s={s}, m={m}" + f" ({variant})" * bool(variant), fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9 if len(methods) < 6 else 7, loc="upper left")  # a large one hides points
-    seeds = sorted({row["seeds"] for row in rows})
-    seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-    for row in axes:
-        row[0].set_ylabel(f"$P^*$, samples for level $L-1$\n({seeds} seeds, 95 % interval)")
-    save(figure, path)
+def gather(names):
+    """Files, and folders of sweep.py -> {folder: {kind: [the rows of a file, ...]}}"""
+    files = []
+    for path in map(Path, names):
+        if path.is_dir():
+            files.append(path / "samples_vs_depth.csv")
+            runs = path / "runs.csv"
+            files += [runs] if runs.exists() else []
+        else:
+            files.append(path)
+    found = {}
+    for path in files:
+        kind, rows = read(path)
+        found.setdefault(path.parent, {}).setdefault(kind, []).append(rows)
+    return found
 
 
-def draw_collapse(rows, path):
-    """collapse.png from the rows of runs.csv; a row of panels for every method that has several m at its depth."""
-    rows = [row for row in rows if row["level"] == row["L"] - 1]
+# --------------------------------------------------------------------------------------------------
+# what the pictures share
+
+
+def parts(method):
+    """data2vec-token:mask=0.15 -> ("data2vec", "token", "mask=0.15")"""
+    head, _, settings = method.partition(":")
+    learner, _, target = head.partition("-")
+    return learner, target or "latent", settings
+
+
+def with_spare(known, spare, names):
+    """{name: style}; the names that are not known share out the spare styles."""
+    unknown = sorted(set(names) - set(known))
+    return known | {name: spare[i % len(spare)] for i, name in enumerate(unknown)}
+
+
+def group(rows, *columns):
+    """{the values of some columns: the rows that have them}"""
     groups = {}
     for row in rows:
-        groups.setdefault((row["method"], row["v"], row["s"], row["L"]), []).append(row)
-    groups = {key: g for key, g in groups.items() if len({row["m"] for row in g}) > 1}
-    groups = {key: g for key, g in groups.items() if key[3] == max(k[3] for k in groups if k[:3] == key[:3])}
+        groups.setdefault(tuple(row[name] for name in columns), []).append(row)
+    return groups
+
+
+def describe(v, s, m, zipf, L=None):
+    words = {"v": v, "s": s, "m": m, "L": L, "zipf": zipf or None}
+    return " ".join(f"{name}={x:g}" for name, x in words.items() if x is not None)
+
+
+def new_figure(rows, columns, width, height):
+    """A figure of panels, and these; width and height of one panel in inches."""
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+
+    if rows * height > 400:
+        raise ValueError(f"{rows} rows of panels are too many for a picture; give fewer sizes")
+    figure = Figure(figsize=(columns * width, rows * height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def shade(k, n):
+    """The k-th of n colours that get lighter."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.88 * k / max(1, n - 1))
+
+
+def spread(heights, gap):
+    """Ascending heights, moved as little as possible (least squares) to be a gap apart."""
+    blocks = []
+    for i, height in enumerate(heights):
+        blocks.append([height - i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    room = max(0, 1 - (len(heights) - 1) * gap)
+    moved = [min(max(np.mean(block), 0), room) for block in blocks for _ in block]
+    return [height + i * gap for i, height in enumerate(moved)]
+
+
+def label_ends(axis, ends, gap):
+    """Names to the right of a panel, none upon another, each with a piece of its line as a key.
+
+    ends: (x, y, name, style) of the last point of every line. A line that reaches the right side
+    is led to its name."""
+    right = axis.get_xlim()[1]
+    heights = axis.get_ylim()  # both fixed from here on
+    axis.set(xlim=axis.get_xlim(), ylim=heights)
+    low, high = np.log(heights)
+    ends = sorted(ends, key=lambda one: one[1])
+    wanted = [(math.log(y) - low) / (high - low) for _, y, *_ in ends]
+    panel = {"transform": axis.transAxes, "clip_on": False}
+    for (x, y, name, style), start, place in zip(ends, wanted, spread(wanted, gap)):
+        if right - x < 0.5:
+            axis.plot([1, 1.03], [start, place], color="0.75", linewidth=0.8, **panel)
+        axis.plot([1.04, 1.08, 1.12], [place] * 3, markevery=[1], **panel, **style)
+        axis.text(1.135, place, name, va="center", **panel)
+
+
+# --------------------------------------------------------------------------------------------------
+# samples_vs_depth.png
+
+
+def read_cells(rows, prefix):
+    """The rows of one method -> its cells by depth, of P50 or root_P50; none for what was not run."""
+    cells = {}
+    for row in rows:
+        sign, P = row[prefix + "P50"]
+        if not sign or row["status"] == "not run":
+            continue
+        ends = row[prefix + "P50_lo"], row[prefix + "P50_hi"]
+        low, high = np.nanmin([P, *ends]), np.nanmax([P, *ends])
+        state = ""
+        if prefix and row["root_floor"] > 0.5:
+            state = "untrained"
+        elif sign in ("<", ">"):
+            state = row["status"] or {"<": "below Pmin", ">": "beyond Pmax"}[sign]
+        cell = {"L": row["L"], "P": P, "low": low, "high": high}
+        cells[row["L"]] = cell | {"state": state, "seeds": row["seeds"]}
+    return [cells[L] for L in sorted(cells)]
+
+
+def growth(cells, m):
+    """How P* of one method grows with depth, in words; None where its cells don't tell.
+
+    Least squares of ln P* on L from L = 3 on (at L = 2 most targets are the same), with the error
+    that the intervals imply. A cell that is only bounded, or of one seed, tells nothing."""
+    cells = [cell for cell in cells if cell["L"] >= 3]
+    if len(cells) < 2 or any(cell["state"] or cell["seeds"] < 2 for cell in cells):
+        return None
+    L = np.array([cell["L"] for cell in cells], float)
+    weight = (L - L.mean()) / ((L - L.mean()) ** 2).sum()
+    slope = weight @ np.log([cell["P"] for cell in cells])
+    half = np.log([cell["high"] / cell["low"] for cell in cells]) / 2
+    error = np.sqrt((weight**2) @ (half**2))
+
+    law = math.log(m)
+    if slope < law / 4 and slope + error < law / 2:
+        return "is flat"
+    if abs(slope - law) < law / 4 and slope - error > law / 2:
+        return "grows by about m a level"
+    if slope - error > 0:
+        return "grows"
+    return None
+
+
+def conclusion(curves, m):
+    """What the known cells say of every target, or of single methods where they differ."""
+    verdicts = {}
+    for method, cells in curves.items():
+        verdicts.setdefault(parts(method)[1], {})[method] = growth(cells, m)
+    said = {}
+    for target, found in verdicts.items():
+        if len(set(found.values())) == 1 and target in NAMES:
+            found = {NAMES[target]: found.popitem()[1]}
+        for name, verdict in found.items():
+            said.setdefault(verdict, []).append(name)
+    said.pop(None, None)
+    words = [f"{verdict} for {', '.join(names)}" for verdict, names in sorted(said.items())[::-1]]
+    return f"From L = 3 on, P* {'; '.join(words)}" if words else "Samples needed against depth"
+
+
+def panels_of(rows):
+    """[((v, s, m, zipf), title, curves)], curves: {method: cells}. All lines of a size share a
+    panel if they are not too many; the root has its own."""
+    panels = []
+    for size, lines in group(rows, "v", "s", "m", "zipf").items():
+        variants = {}
+        many = len(group(lines, "method")) > MOST_LINES
+        for row in lines:
+            variants.setdefault(parts(row["method"])[2] if many else "", []).append(row)
+        for variant, part in variants.items():
+            for prefix, what in (("", "level L\u22121"), ("root_", "root, by a probe of it")):
+                methods = group(part, "method").items()
+                curves = {method: read_cells(own, prefix) for (method,), own in methods}
+                curves = {method: cells for method, cells in curves.items() if cells}
+                title = f"{what}: {describe(*size)} {variant}"
+                if curves:
+                    panels.append((size, title, curves))
+    return panels
+
+
+def line_styles(methods, targets, learners):
+    """{method: style}; settings of one learner and target differ by lightness and thickness."""
+    styles, alike = {}, {}
+    for method in methods:
+        learner, target, _ = parts(method)
+        number = alike[learner, target] = alike.get((learner, target), -1) + 1
+        keep = 1 / (1 + 0.7 * number)
+        rgb = [int(targets[target][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        colour = [1 - keep * (1 - x) for x in rgb]
+        dash, marker = learners[learner]
+        styles[method] = {"color": colour, "linestyle": dash, "marker": marker}
+        styles[method] |= {"markersize": 7, "linewidth": 1.1 + 1.1 * keep}
+    return styles
+
+
+def draw_line(axis, cells, shift, style):
+    """One method: intervals as bars, and a cell that is only bounded open, with its sign."""
+    x = [cell["L"] + shift for cell in cells]
+    P = [cell["P"] for cell in cells]
+    known = [math.nan if cell["state"] else cell["P"] for cell in cells]
+    colour = style["color"]
+    axis.plot(x, P, color=colour, linewidth=0.8, alpha=0.5)
+    axis.plot(x, known, **style)
+    for cell, x in zip(cells, x):
+        if not cell["state"]:
+            if cell["seeds"] > 1:
+                axis.plot([x, x], [cell["low"], cell["high"]], color=colour, linewidth=1.2)
+            continue
+        axis.plot(x, cell["P"], **style | {"markerfacecolor": "white"})
+        offset = 0, -12 if cell["state"] == "below Pmin" else 12
+        look = {"color": colour, "fontsize": 13, "weight": "bold", "ha": "center", "va": "center"}
+        sign = SIGNS[cell["state"]][0]
+        axis.annotate(sign, (x, cell["P"]), offset, textcoords="offset points", **look)
+
+
+def notes_on(cells):
+    """What bars and signs mean, for those that occur."""
+    seeds = sorted({cell["seeds"] for cell in cells})
+    notes = [f"bars: 95 % intervals over {seeds[0]} to {seeds[-1]} seeds"]
+    if seeds[0] < 2:
+        notes.append("no bar: one seed")
+    states = {cell["state"] for cell in cells}
+    notes += [f"{sign} {words}" for state, (sign, words) in SIGNS.items() if state in states]
+    return textwrap.fill("     ".join(notes), 95)
+
+
+def draw_depth(rows):
+    """The figure of samples_vs_depth.png from rows of samples_vs_depth.csv; None if nothing ran."""
+    panels = panels_of(rows)
+    if not panels:
+        return None
+    split = [parts(row["method"]) for row in rows]
+    learners = with_spare(LINES, SPARE_LINES, [learner for learner, _, _ in split])
+    targets = with_spare(COLOURS, SPARE_COLOURS, [target for _, target, _ in split])
+    cells = [cell for *_, curves in panels for line in curves.values() for cell in line]
+    low, high = min(cell["low"] for cell in cells), max(cell["high"] for cell in cells)
+    depths = sorted({row["L"] for row in rows})
+
+    most = max(len(curves) for *_, curves in panels) + len(POWERS)
+    height = max(4.6, 0.27 * most)
+    figure, axes = new_figure(len(panels), 1, 8, height + 1.1)
+    figure.subplots_adjust(hspace=1.3 / height)
+    for axis, (size, title, curves) in zip(axes[:, 0], panels):
+        v, s, m, _ = size
+        axis.set(yscale="log", xticks=depths, xlim=(depths[0] - 0.25, depths[-1] + 0.25))
+        axis.set(xlabel="depth L", ylabel="P*, training strings")
+        axis.set_title(f"{textwrap.fill(conclusion(curves, m), 85)}\n{title}")
+        ends = []
+        for name, power in POWERS.items():
+            law = [v * m ** power(L) for L in depths]
+            guide = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
+            if low / 30 < law[-1] < high * 30:
+                axis.plot(depths, law, **guide)
+                ends.append((depths[-1], law[-1], f"${name}$", guide))
+        styles = line_styles(curves, targets, learners)
+        for i, (method, line) in enumerate(curves.items()):
+            shift = 0.05 * (i - (len(curves) - 1) / 2)  # so that no bar hides another
+            draw_line(axis, line, shift, styles[method])
+            ends.append((line[-1]["L"] + shift, line[-1]["P"], method, styles[method]))
+        axis.set_ylim(min(axis.get_ylim()[0], low / 2), max(axis.get_ylim()[1], high * 2))
+        label_ends(axis, ends, 0.26 / height)
+    axis.text(0, -0.85 / height, notes_on(cells), transform=axis.transAxes, va="top", fontsize=11)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# collapse.png
+
+
+def collapse_groups(runs):
+    """{(method, v, s, zipf, L): rows of level L-1}, at the largest depth that has several m."""
+    runs = [row for row in runs if row["level"] == row["L"] - 1]
+    deepest = {}
+    for key, rows in group(runs, "method", "v", "s", "zipf", "L").items():
+        *rest, L = key
+        if len(group(rows, "m")) > 1 and L >= deepest.get(tuple(rest), (0,))[0]:
+            deepest[tuple(rest)] = L, key, rows
+    return {key: rows for _, key, rows in deepest.values()}
+
+
+def stars_of(key, depth, paper):
+    """({m: P*} of samples_vs_depth.csv, {m: the paper's P*}) for one row of panels."""
+    method, v, s, zipf, L = key
+    learner, target, _ = parts(method)
+    ours = group(depth, "method", "v", "s", "zipf", "L").get(key, [])
+    ours = {row["m"]: row["P50"][1] for row in ours if row["P50"][0] == "="}
+    theirs = group(paper, "v", "s", "L", "target").get((v, s, L, "h^(L-1)"), [])
+    if target in OWN_LAW or zipf:  # the paper reads own latents and equal rules
+        theirs = []
+    return ours, {r["m"]: r["P_star"] for r in theirs if PAPER.get(r["method"]) == learner}
+
+
+def spread_over_m(stars, power):
+    """Standard deviation of ln(P* / m^power) over m: 0 where P* follows this law."""
+    return float(np.std([math.log(P / m**power) for m, P in stars.items()]))
+
+
+def draw_ladders(axis, rows, several, scale, theirs):
+    """Accuracy against P / scale(m), a line for every m and seed, and a star for the paper's P*."""
+    for k, m in enumerate(several):
+        look = {"color": shade(k, len(several)), "marker": MARKERS[k], "markersize": 4}
+        label = f"m={m}"
+        for seed in group(rows, "seed"):
+            found = {r["P"]: r["accuracy"] for r in rows if (r["m"], (r["seed"],)) == (m, seed)}
+            x = [P / scale(m) for P in sorted(found)]
+            axis.plot(x, [found[P] for P in sorted(found)], **look, linewidth=1.2, label=label)
+            label = None
+        if m in theirs:
+            label = "paper's P*" if m == min(theirs) else None
+            look |= {"marker": "*", "markersize": 15, "markeredgecolor": "black", "zorder": 5}
+            axis.plot(theirs[m] / scale(m), 0.5, **look, linestyle="", label=label)
+    axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
+    axis.set(xscale="log", ylim=(-0.02, 1.05))
+
+
+def draw_collapse(runs, depth, paper):
+    """The figure of collapse.png; None unless a method has several m at one depth."""
+    groups = collapse_groups(runs)
     if not groups:
-        return False
-    figure, axes = plt.subplots(len(groups), 3, figsize=(11, 0.6 + 2.7 * len(groups)), squeeze=False, sharey=True)
-    for line, ((method, v, s, L), group) in zip(axes, groups.items()):
-        several = sorted({row["m"] for row in group})
-        scales = (("$P$", lambda m: 1), ("$P\\,/\\,(v\\,m^3)$", lambda m: v * m**3),
-                  ("$P\\,/\\,(v\\,m^{L+1})$", lambda m: v * m ** (L + 1)))
-        for axis, (name, scale) in zip(line, scales):
-            for k, m in enumerate(several):
-                colour = plt.cm.viridis(0.92 * k / (len(several) - 1))
-                for seed in sorted({row["seed"] for row in group}):
-                    ladder = sorted((row["P"] / scale(m), float(row["accuracy"])) for row in group
-                                    if row["m"] == m and row["seed"] == seed)
-                    if ladder:
-                        axis.plot(*zip(*ladder), color=colour, linewidth=1.1, marker="osD^vP"[k % 6], markersize=3,
-                                  label=f"m={m}" if seed == 0 else None)
-            axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
-            axis.set(xscale="log", ylim=(0, 1.03), xlabel=name)
-            axis.spines[["top", "right"]].set_visible(False)
+        return None
+    figure, axes = new_figure(len(groups), 3, 4, 3.2)
+    figure.subplots_adjust(wspace=0.1, hspace=0.55)
+    best = []
+    for line, (key, rows) in zip(axes, groups.items()):
+        method, v, s, zipf, L = key
+        several = sorted({row["m"] for row in rows})
+        ours, theirs = stars_of(key, depth, paper)
+        other = OWN_LAW.get(parts(method)[1], "v\\,m^{L+1}")
+        for axis, law in zip(line, ("", "v\\,m^3", other)):
+            power = POWERS[law](L) if law else 0
+            draw_ladders(axis, rows, several, lambda m: v * m**power if law else 1, theirs)
+            axis.set_xlabel(f"$P\\,/\\,({law})$" if law else "$P$")
+            axis.tick_params(labelleft=axis is line[0])
+            if len(ours) > 2:
+                number = f"spread {spread_over_m(ours, power):.2f}"
+                axis.set_title(number, loc="right", fontsize=11)
+        line[0].set_title(f"{method}\n{describe(v, s, None, zipf, L)}")
         line[0].set_ylabel(f"accuracy of level {L - 1}")
-        line[0].set_title(f"{method}: v={v}, s={s}, L={L}", fontsize=11, loc="left")
-        line[0].legend(frameon=False, fontsize=8)
-    save(figure, path)
-    return True
+        line[2].legend(loc="upper left", bbox_to_anchor=(1, 1.05))
+        if len(ours) > 2:
+            spreads = {law: spread_over_m(ours, power(L)) for law, power in POWERS.items()}
+            best.append(f"{method} by ${min(spreads, key=spreads.get)}$")
+    title = "Accuracy against training strings, for every m"
+    if best:
+        title = f"Lines of all m fall together best, by the spread of ln P*: {', '.join(best)}"
+    axes[0, 0].text(0, 1.3, textwrap.fill(title, 100), transform=axes[0, 0].transAxes, fontsize=13)
+    return figure
 
 
-def draw_phases(traces, path):
-    """phases.png from the rows of data2vec.py's --trace files: the unseen-synonym accuracy and the synonym score of
-    every level against the step, a colour per level and a line per run."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    kinds = {"unseen": "unseen-synonym accuracy", "synonyms": "synonym score, best map"}
-    for axis, (kind, name) in zip(axes, kinds.items()):
-        for i, rows in enumerate(traces):
-            columns = [column for column in rows[0] if column.startswith(kind)]
-            for l, column in enumerate(columns, 1):
-                axis.plot([int(row["step"]) for row in rows], [float(row[column]) for row in rows], linewidth=1.2,
-                          color=plt.cm.viridis(0.85 * (l - 1) / max(1, len(columns) - 1)), marker="osD^vP"[l % 6],
-                          markersize=3, label=f"level {l}" if i == 0 else None)
-        axis.set(xlabel="step", ylabel=name)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
-    save(figure, path)
+# --------------------------------------------------------------------------------------------------
+# phases.png
 
 
-def save(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+def one_after_the_other(rows, what):
+    """Whether accuracies reach 0.5 in the order of their levels, and two of them do."""
+    reached = []
+    for column in sorted(name for name in rows[0] if name.startswith(what)):
+        reached.append(next((row["step"] for row in rows if row[column] >= 0.5), math.inf))
+    finite = [step for step in reached if step < math.inf]
+    return len(finite) > 1 and reached == sorted(reached) and len(set(finite)) == len(finite)
 
 
-def draw(out):
-    """Draw what the folder's files allow; returns the paths. Raises ValueError if they are not a sweep's."""
-    out = Path(out)
-    depth = read(out / "samples_vs_depth.csv", ("method", "v", "s", "m", "L", "P50", "P50_lo", "P50_hi", "seeds"))
-    runs = read(out / "runs.csv", ("method", "v", "s", "m", "L", "P", "seed", "level", "accuracy"))
-    draw_depth(depth, out / "samples_vs_depth.png")
-    drawn = draw_collapse(runs, out / "collapse.png")
-    return [out / "samples_vs_depth.png"] + ([out / "collapse.png"] if drawn else [])
+def draw_phases(kind, traces):
+    """The figure of phases.png, from traces of one learner: a colour a level, a line a run."""
+    left, right = {"data2vec": ("unseen", "synonyms"), "predictor": ("accuracy", "prediction")}[kind]
+    titles = {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score, best map",
+              "accuracy": "accuracy", "prediction": "prediction loss"}
+    columns = {}
+    for name in [name for rows in traces for name in rows[0]]:
+        columns.setdefault(name.split(" ")[0], {})[name] = None
+    figure, axes = new_figure(1, 2, 5.8, 4.4)
+    for axis, what in zip(axes[0], (left, right)):
+        names = sorted(columns[what])
+        for k, name in enumerate(names):
+            look = {"color": shade(k, len(names)), "marker": MARKERS[k], "markersize": 5}
+            lines = [rows for rows in traces if name in rows[0]]
+            for i, rows in enumerate(lines):
+                label = "" if i else f"level {name.split()[1]}"
+                axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=label, **look)
+            first = np.mean([rows[0][name] for rows in lines])
+            axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
+        axis.set(xlabel="step", title=titles[what])
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
+    axis.text(1.04, 0, "dotted:\nfirst step", transform=axis.transAxes)
+    axes[0, 0].set_ylim(-0.02, 1.05)
+
+    title = "When each level is learned"
+    if all(one_after_the_other(rows, left) for rows in traces):
+        title = "Levels are learned one after the other, from the tokens up"
+    title += f" ({kind}, {len(traces)} run{'s' * (len(traces) > 1)})"
+    axes[0, 0].text(0, 1.14, title, transform=axes[0, 0].transAxes, fontsize=13)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# contrast.png
+
+
+def draw_contrast(rows):
+    """The figure of contrast.png: a panel for every grammar size, a line for every target."""
+    colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
+    sizes = group([row for row in rows if row["contrast"] > 0], "v", "s", "m", "zipf", "L")
+    figure, axes = new_figure(len(sizes), 1, 7, 4.8)
+    figure.subplots_adjust(hspace=0.45)
+    for axis, (size, lines) in zip(axes[:, 0], sizes.items()):
+        ends, changes = [], []
+        for k, ((target,), line) in enumerate(group(lines, "target").items()):
+            line = sorted(line, key=lambda row: row["level"])
+            levels, contrast = [row["level"] for row in line], [row["contrast"] for row in line]
+            name = NAMES.get(target, target)
+            style = {"color": colours[target], "marker": MARKERS[k], "linewidth": 2}
+            axis.plot(levels, contrast, **style)
+            ends.append((levels[-1], contrast[-1], name, style))
+            if len(levels) > 1:
+                slope = np.polyfit(levels, np.log(contrast), 1)[0]
+                changes.append(f"{name} \u00d7{math.exp(slope):.2f}")
+        ticks = [a * 10.0**k for k in range(-6, 2) for a in (1, 2, 5)]
+        axis.set(yscale="log", xticks=sorted({row["level"] for row in lines}))
+        limits = axis.get_ylim()
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set(ylim=limits, xlabel="level", ylabel="contrast of parents' contexts")
+        said = textwrap.fill(f"One level up, contrast changes by: {', '.join(changes)}", 85)
+        axis.set_title(f"{said if changes else 'Contrast of contexts'}\n{describe(*size)}")
+        label_ends(axis, ends, 0.06)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# draw
+
+
+def plan(names):
+    """{path of a picture: (function that makes its figure, its arguments)}, all files checked."""
+    found = gather(names)
+    paper = [row for kinds in found.values() for rows in kinds.get("paper", []) for row in rows]
+    pictures = {}
+    for folder, kinds in found.items():
+        depth = sum(kinds.get("depth", []), [])
+        runs = sum(kinds.get("runs", []), [])
+        if depth:
+            pictures[folder / "samples_vs_depth.png"] = draw_depth, (depth,)
+        if runs:
+            pictures[folder / "collapse.png"] = draw_collapse, (runs, depth, paper)
+        if "contrast" in kinds:
+            pictures[folder / "contrast.png"] = draw_contrast, (sum(kinds["contrast"], []),)
+        traced = [kind for kind in ("data2vec", "predictor") if kind in kinds]
+        if len(traced) > 1:
+            raise ValueError(f"{folder}: has traces of two learners; draw one at a time")
+        for kind in traced:
+            pictures[folder / "phases.png"] = draw_phases, (kind, kinds[kind])
+    return pictures
+
+
+def draw(*names):
+    """Draw what files and folders of sweep.py allow. Returns the paths of the pictures.
+
+    Raises ValueError of one line if a file is not what it should be, or there is nothing to draw,
+    and OSError if matplotlib is not there or a picture cannot be written. No picture is drawn
+    before all files are checked, and none is written before all are drawn."""
+    pictures = plan(names)
+    os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has left there
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home without a cache is no news
+    try:
+        import matplotlib
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise OSError(f"matplotlib, which plot.py needs, cannot be imported: {reason}") from None
+
+    defaults = {name: x for name, x in matplotlib.rcParamsDefault.items() if name != "backend"}
+    images = {}
+    with matplotlib.rc_context(defaults | STYLE):
+        for path, (make, arguments) in pictures.items():
+            figure = make(*arguments)
+            if figure is not None:
+                image = io.BytesIO()
+                figure.savefig(image, format="png", metadata={"Software": None})
+                images[path] = image.getvalue()
+    if not images:
+        raise ValueError(f"{', '.join(map(str, names))}: nothing to draw")
+    for path, image in images.items():
+        write(path, image)
+    return list(images)
+
+
+def write(path, image):
+    """The whole picture or none, whoever writes beside us."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(image)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that bad input gives one line and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="*", default=["out"], help="folder of a sweep, or traces (default out)")
-    out = [Path(name) for name in parser.parse_args().out]
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
+    parser.add_argument("files", nargs="*", default=["out"], help="folders of sweeps, CSV files")
+    names = parser.parse_args().files
     try:
-        if out[0].suffix == ".csv":
-            draw_phases([read(name, ("step", "unseen 1", "synonyms 1")) for name in out], out[0].parent / "phases.png")
-            pictures = [out[0].parent / "phases.png"]
-        else:
-            pictures = [picture for folder in out for picture in draw(folder)]
-        for picture in pictures:
+        for picture in draw(*names):
             print(f"wrote {picture}")
     except ValueError as error:
-        print(f"plot.py: argument out: {error}", file=sys.stderr)
-        raise SystemExit(2)
+        parser.error(f"argument files: {error}")
+
+
+def run_script():
+    """What ends main from outside gives one line and no traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nplot.py: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head`; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"plot.py: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script()

@@ -1,29 +1,37 @@
 """
-Learner 2: stacked latent clustering, the paper's predictor-clusterer network (section 4, fig. 8), trained end to end.
+Learner 2: stacked latent clustering, the paper's predictor-clusterer network (section 4, fig. 8).
 
-    python predictor.py --depth 4 --samples 1024                      the levels are learned one after another (fig. 10)
-    python predictor.py --depth 4 --samples 1024 --target token        the control: every module predicts raw tokens
-    python predictor.py --depth 4 --detach layers+clusterer --ema 0    purely local learning, no teacher (fig. 9)
+    python predictor.py --depth 4 --samples 1024                  levels come one by one (fig. 10)
+    python predictor.py --depth 4 --samples 1024 --target token   the control: raw tokens
+    python predictor.py --depth 4 --detach layers+clusterer --ema 0   local, no teacher (fig. 9)
 
-L-1 modules of one form stand on top of each other. Module l turns s^(L-l) codes into s^(L-l-1) codes, one per tuple:
-  predictor   tuple -> phi, a distribution for every element of every cousin tuple (the other tuples under the same
-              grandparent), from every child position the tuple could have. Cross-entropy to the target's codes:
-                latent  the level-l codes of a teacher, the moving average of the network: v m^3 strings on every level
-                token   the raw tokens under the cousins, l levels further down: v m^(l+3)
-                joint   latent, and the teacher's own symbol for the cousin, a level up; ours: as in cluster.py, what is
-                        being learned sharpens what is learned from
-  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. The tuples of a batch are sorted into v
-              groups by their phi; codes are pulled together within a group and apart between two.
-Labels are used in the scores alone. The exact losses are not public; what we chose is said where it is done.
+L-1 modules of one form stand on top of each other, trained together by gradient descent.
+Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
 
-Measured by `python sweep.py --depth 3..6 --m 3 --methods predictor,predictor-joint` (v=8 s=2, v m^3 = 216, seeds 0-2,
-torch 2.13 on a CPU): P* of level L-1 is 162, 190, 260, 235 for L = 3..6 with target latent, 113, 156, 169, 181 with
-joint. At v=16 s=3 m=8 L=3 and P = 2 v m^3 the accuracy of level 2 is .998, .988, 1.000.
+  predictor   tuple -> phi, a distribution for every element of every cousin tuple (the other
+              tuples under the same grandparent), one for each child position the tuple may have.
+              It is trained by cross-entropy, and the target is what the learners differ in:
+                latent  the cousins' level-l codes, from a teacher: v m^3 strings on every level
+                token   the raw tokens under the cousins: v m^(l+2) strings
+                joint   latent, and the teacher's own symbol for the cousin, one level up (ours)
+  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi
+              are pulled to one code, and tuples with unlike phi are pushed apart.
+
+Labels are used in the scores alone. The paper's exact losses are not public: what we chose is
+said where it is done. Every weight has a leading dimension R: R runs train side by side, and on
+one CPU thread a run's result is the same to the byte whichever runs stand beside it (where the
+widths and the batch are multiples of 16, as all defaults of v=8 are).
+
+P* is about v m^3 at every depth: the tables are in README and assets.
 """
 
 import copy
+import csv
+import importlib.util
 import math
-from types import SimpleNamespace
+import os
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,117 +39,223 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Parser, accuracy, add_grammar_flags, cousins, depth_of, grammar_from_flags, linear_probe, pick_device,
-    real, whole,
+    TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings, as_strings,
+    check_memory, choice, cousins, given_settings, grammar_from_flags, linear_probe, paper_preset,
+    pick_device, read_settings, real, run_script, whole,
 )
 
 TARGETS = ("latent", "token", "joint")
-DETACH = ("none", "layers", "layers+clusterer")
-STARTS, TRIALS, ROUNDS = 4, 4, 5  # of the k-means that says which tuples are alike; trials: candidates for a new seed
 
-FLAGS = {  # name: (default, type, help)
-    "steps": (800, whole(1), "training steps, at most; the paper: as many as --epochs gives"),
-    "epochs": (200, whole(1), "passes over the P strings, at most; the paper: 30"),
-    "batch": (0, whole(0), "strings per step; 0 is 8 v, as 1/v of the pairs in it are synonyms; the paper: 32"),
-    "lr": (5e-3, real(0, 1), "learning rate of AdamW, falls linearly to 0; the paper: 3e-3, constant"),
-    "decay": (1e-3, real(0, 1), "weight decay of AdamW; the paper: 1e-3"),
-    "hidden": (64, whole(1), "width of the hidden layers; the paper: 150"),
-    "codes": (0, whole(0, 4096), "d_h, clusters of a module, v or more; 0 is 5 v / 4; the paper: 128"),
-    "ema": (0.015, real(0, 1), "share of the student in each update of the teacher; 0: no teacher, the targets are "
-                               "the student's own codes; the paper: 0.015"),
-    "separation": (1.0, real(0, 100), "weight lambda_sep of pushing codes apart; the paper: 0.5"),
-    "gate": (0.1, real(0, 1), "share of the target's information that a predictor must have found before its clusterer "
-                              "learns at full rate, 0 to 1; ours, 0: no gate"),
-}
-SETTINGS = {name: default for name, (default, _, _) in FLAGS.items()} | {
-    "starts": STARTS, "trials": TRIALS, "rounds": ROUNDS, "test_strings": TEST_STRINGS
-}
+SETTINGS = (
+    Setting("steps", whole(1), 800, 10**6, "training steps, at most"),
+    Setting("epochs", whole(1), 200, 30, "passes over the P strings, at most"),
+    Setting("batch", whole(0), 0, 32, "strings a step; 0 is 8 v, as 1/v of its pairs are synonyms"),
+    Setting("lr", real(0, 1), 5e-3, 3e-3, "learning rate of AdamW"),
+    Setting("schedule", choice("linear", "constant"), "linear", "constant",
+            "linear: the learning rate falls to 0"),
+    Setting("decay", real(0, 10), 1e-3, 1e-3, "weight decay of AdamW"),
+    Setting("hidden", whole(1), 64, 150, "width of the hidden layers"),
+    Setting("codes", whole(0, 4096), 0, 128, "d_h, clusters of a module, v or more; 0 is 5 v / 4"),
+    Setting("ema", real(0, 1), 0.985, 0.985,
+            "what the teacher keeps of itself in a step; 0: no teacher, the student's own codes"),
+    Setting("detach", choice("none", "layers", "layers+clusterer"), "none", "none",
+            "stop the gradient between modules, and from each clusterer to its predictor"),
+    Setting("combine", choice("sum", "upgrad"), "sum", "upgrad",
+            "the losses: their sum, or Jacobian descent, which needs the package torchjd"),
+    Setting("elements", choice("all", "one"), "all", "all",
+            "one: a single element of a single cousin is predicted, from one position (fig. 8)"),
+    Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
+            "tuples with one code: of one k-means group; or of similar phi; or phi minus its mean"),
+    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity from which on tuples are alike"),
+    Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
+    Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
+    Setting("gate", real(0, 1), 0.1, 0.0,
+            "share of the target's information that a predictor must have found before its "
+            "clusterer learns at full rate; 0: no gate"),
+)
+# upgrad needs a package that is not among our requirements, so it has to be asked for by name
+PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
+
+STARTS, TRIALS, ROUNDS = 4, 4, 5  # of k-means; trials are the candidates for a new seed
+BLOCK = 100                       # steps whose random numbers are drawn at once
+MOMENTUM = 0.1                    # share of a batch in the running mean and variance
+CHUNK_TOKENS = 2**16              # tokens that are encoded at once
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the network
+# --------------------------------------------------------------------------------------------------
+# one module
+
+
+class Linear(nn.Module):
+    """R linear maps side by side, one for every run: (R, n, inputs) -> (R, n, outputs)."""
+
+    def __init__(self, R, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(R, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(R, 1, outputs))
+
+    def forward(self, h):
+        return torch.baddbmm(self.bias, h, self.weight)
+
+
+class BatchNorm(nn.Module):
+    """Every run normalises its own batch, (R, n, width). There is no scale or shift to learn."""
+
+    def __init__(self, R, width):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(R, 1, width))
+        self.register_buffer("var", torch.ones(R, 1, width))
+        self.batches = 0
+
+    def forward(self, h):
+        if not self.training:
+            return (h - self.mean) / (self.var + 1e-5).sqrt()
+        mean = h.mean(1, keepdim=True)
+        centred = h - mean
+        var = centred.square().mean(1, keepdim=True)
+
+        # a plain mean of the first batches, so that it is right from the first step on
+        self.batches += 1
+        share = max(MOMENTUM, 1 / self.batches)
+        self.mean += share * (mean.detach() - self.mean)
+        self.var += share * (var.detach() - self.var)
+        return centred / (var + 1e-5).sqrt()
 
 
 class Module(nn.Module):
-    """One predictor and one clusterer. elements: targets to predict under a cousin; d: codes, d_h."""
+    """A predictor and a clusterer. heads: (own positions, cousins, elements) that are predicted.
 
-    def __init__(self, s, d, hidden, elements):
+    The paper's convolutions of kernel and stride s, and then of kernel 1, are linear per tuple."""
+
+    def __init__(self, R, s, d, hidden, heads):
         super().__init__()
-        self.s, self.d = s, d
-        heads = s * (s - 1) * elements  # (own child position, cousin, element)
-        self.predict = nn.Sequential(  # 1x1 convolutions after the first of kernel s and stride s: linear per tuple
-            nn.Linear(s * d, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, heads * d)
+        self.s, self.d, self.heads = s, d, heads
+        width = math.prod(heads) * d
+        self.predict = nn.Sequential(
+            Linear(R, s * d, hidden), nn.GELU(),
+            Linear(R, hidden, hidden), nn.GELU(),
+            Linear(R, hidden, width),
         )
-        self.norm = nn.BatchNorm1d(heads * d, affine=False)  # phi differs little from one tuple to another
-        self.cluster = nn.Sequential(nn.Linear(heads * d, hidden), nn.GELU(), nn.Linear(hidden, d))
-
-    def reset(self, random):
-        """Draw the weights from a torch.Generator. A tuple is s ones among s d inputs: the first layer has to start
-        with unit variance *there*, or it is nearly linear and takes long to tell a tuple from its symbols."""
-        for layer in (*self.predict, *self.cluster):
-            if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
-                nn.init.uniform_(layer.weight, -bound, bound, generator=random)
-                nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.predict[0].weight, std=self.s**-0.5, generator=random)
+        # phi differs little from one tuple to another
+        self.norm = BatchNorm(R, width)
+        self.cluster = nn.Sequential(
+            Linear(R, width, hidden), nn.GELU(),
+            Linear(R, hidden, d),
+        )
 
     def forward(self, codes, local=False):
-        """codes: (B, n, d) -> log phi (B n/s, s, s-1, elements, d) and the codes of the level above, (B, n/s, d).
-
-        local: stop the clusterer's gradient before the predictor."""
-        tuples = codes.reshape(-1, self.s * self.d)
-        log_phi = self.predict(tuples).view(len(tuples), self.s, self.s - 1, -1, self.d).log_softmax(-1)
-        phi = log_phi.exp().flatten(1)
-        above = self.cluster(self.norm(phi.detach() if local else phi)).softmax(-1)
-        return log_phi, above.view(len(codes), -1, self.d)
-
-
-def build(s, L, d, hidden, target, random):
-    """The L-1 modules, weights drawn from the CPU generator random. Under a cousin on level l there are s symbols of
-    level l or s^(l+1) tokens to predict, and for joint its own symbol besides."""
-    elements = {"latent": [s] * L, "token": [s ** (l + 1) for l in range(L)], "joint": [s + 1] * L}[target]
-    stack = nn.ModuleList(Module(s, d, hidden, elements[l]) for l in range(L - 1))
-    for module in stack:
-        module.reset(random)
-    return stack
+        """codes: (R, B, n, d) -> log phi (R, N, *heads, d) of all N = B n/s tuples in order, and
+        the codes of the level above, (R, B, n/s, d). local: the clusterer does not teach phi."""
+        R, B, n, d = codes.shape
+        tuples = codes.reshape(R, -1, self.s * d)              # (R, N, s d)
+        logits = self.predict(tuples)                          # (R, N, heads d)
+        log_phi = logits.unflatten(-1, (*self.heads, d)).log_softmax(-1)
+        phi = log_phi.exp().flatten(2)                         # (R, N, heads d)
+        if local:
+            phi = phi.detach()
+        above = self.cluster(self.norm(phi)).softmax(-1)       # (R, N, d)
+        return log_phi, above.view(R, B, -1, d)
 
 
-def encode(stack, x, batch=1024):
-    """(P, s^L) uint8 strings -> list of the soft codes of levels 1..L-1, (P, s^(L-l), d) each; no gradient."""
-    stack.eval()
-    parts = []
+# --------------------------------------------------------------------------------------------------
+# the network
+
+
+class Network(nn.Module):
+    """The L-1 modules of R runs. heads: the heads of each module, as in Module."""
+
+    def __init__(self, R, s, d, hidden, heads):
+        super().__init__()
+        self.sizes = {"s": s, "d": d, "hidden": hidden, "heads": heads}
+        self.layers = nn.ModuleList(Module(R, s, d, hidden, shape) for shape in heads)
+
+    def forward(self, x, detach="none"):
+        """x: (R, B, s^L) strings -> ([log phi of module l], [codes of level l]), l from 0 on.
+
+        There are L-1 log phi, and L codes (R, B, s^(L-l), d): the tokens, and what is learned."""
+        codes = [F.one_hot(x.long(), self.sizes["d"]).float()]
+        log_phi = []
+        for module in self.layers:
+            below = codes[-1] if detach == "none" else codes[-1].detach()
+            prediction, above = module(below, detach == "layers+clusterer")
+            log_phi.append(prediction)
+            codes.append(above)
+        return log_phi, codes
+
+    @torch.no_grad()
+    def draw(self, generators):
+        """Draw the weights of every run from its own CPU generator."""
+        for r, generator in enumerate(generators):
+            for layer in self.modules():
+                if isinstance(layer, Linear):
+                    bound = layer.weight.shape[1] ** -0.5
+                    layer.weight[r].uniform_(-bound, bound, generator=generator)
+            # a tuple is s ones among s d inputs: the first layer must have unit variance there,
+            # or it is nearly linear, and takes long to tell a tuple from its symbols
+            for module in self.layers:
+                module.predict[0].weight[r].normal_(std=module.s**-0.5, generator=generator)
+
+    def run(self, r):
+        """A copy of run r alone."""
+        alone = Network(1, **self.sizes)
+        alone.load_state_dict({name: w[r : r + 1] for name, w in self.state_dict().items()})
+        return alone.to(next(self.parameters()).device)
+
+
+def heads_of(target, elements, s, L):
+    """For every module: (own positions, cousins, elements under a cousin) to predict."""
+    shapes = []
+    for l in range(L - 1):
+        wide = s ** (l + 1) if target == "token" else s
+        shape = (s, s - 1, wide) if elements == "all" else (1, 1, 1)
+        if target == "joint":
+            shape = (*shape[:2], shape[2] + 1)
+        shapes.append(shape)
+    return shapes
+
+
+# --------------------------------------------------------------------------------------------------
+# the losses; each is (R,) or (R, L-1), one number for every run
+
+
+def goal(target, codes, l, s, elements):
+    """What the tuples of level l shall be known by: (R, B, s^(L-l-1), E, d) for E elements.
+
+    codes: the teacher's, of all levels."""
+    tuples = codes[l].shape[2] // s
+    symbols = codes[l].unflatten(2, (tuples, -1))       # (R, B, tuples, s, d)
+    tokens = codes[0].unflatten(2, (tuples, -1))        # (R, B, tuples, s^(l+1), d)
+    parent = codes[l + 1].unsqueeze(3)                  # (R, B, tuples, 1, d)
+    if elements == "one":
+        symbols, tokens = symbols[..., :1, :], tokens[..., :1, :]
+
+    if target == "latent":
+        return symbols
+    if target == "token":
+        return tokens
+    if target == "joint":
+        return torch.cat([symbols, parent], 3)
+
+
+def prediction_loss(log_phi, goal, s):
+    """Cross-entropy to what the cousins are known by. A tuple uses the heads for its own child
+    position alone.
+
+    log_phi: (R, N, I, C, E, d); goal: (R, B, n, E, d) with B n = N. Returns (loss, gain), (R,)
+    both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
+    what can be known about the goal that is known already, at most 1."""
+    R, N, I, C, E, d = log_phi.shape
+    families = goal.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
+    others = cousins(s, goal.device)[:I, :C]               # (I, C)
+    seen = families[:, :, others]                          # (R, N/s, I, C, E, d)
+    log_phi = log_phi.view(R, N // s, s, I, C, E, d)
+    own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
+    terms = seen.shape[1:-1].numel()
+    loss = -(seen * own).flatten(1).sum(1) / terms         # (R,)
+
     with torch.no_grad():
-        for rows in x.split(batch):
-            codes, levels = one_hot(rows, stack[0].d), []
-            for module in stack:
-                codes = module(codes)[1]
-                levels.append(codes)
-            parts.append(levels)
-    stack.train()
-    return [torch.cat(level) for level in zip(*parts)]
-
-
-def one_hot(x, d):
-    return F.one_hot(x.long(), d).float()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the losses
-
-
-def prediction_loss(log_phi, target):
-    """Cross-entropy to the codes under the cousins, a tuple at child position i using its heads for i alone.
-
-    log_phi: (N, s, s-1, E, d) for the N tuples of a batch, in order; target: (B, n, d) codes or one-hot tokens, n E
-    to B strings of N/B tuples. Returns (loss, gain): the mean over tuples, cousins and elements in nats; and the share
-    of what can be known about the targets that it already knows, without gradient, at most 1."""
-    N, s, _, E, d = log_phi.shape
-    own = log_phi.view(N // s, s, s, s - 1, E, d).diagonal(dim1=1, dim2=2).movedim(-1, 1)  # (N/s, s, s-1, E, d)
-    seen = target.reshape(N // s, s, E, d)[:, cousins(s, target.device)]  # the same
-    loss = -(seen * own).sum(-1).mean()
-    with torch.no_grad():
-        mean = seen.mean(0)
-        marginal, conditional = entropy(mean).mean(), entropy(seen).mean()
+        marginal = entropy(seen.mean(1)).flatten(1).mean(1)
+        conditional = entropy(seen).flatten(1).mean(1)
         gain = (marginal - loss) / (marginal - conditional + 1e-3)
     return loss, gain
 
@@ -151,220 +265,480 @@ def entropy(p):
     return torch.xlogy(p, p).sum(-1).neg().clamp(min=0)
 
 
-def grouping(phi, v, random):
-    """Which tuples should have the same code: the likeliest way found to share n tuples out among v parents.
+def grouping(phi, v, noise):
+    """Which tuples should have one code: the likeliest way found to share them among v parents.
 
-    phi: M tensors (n, D) of predictions, D of each its own, every distribution times its weight; random: a CPU
-    generator. Returns (M, n) int64, groups 0..v-1. It is k-means where a tuple is as far from a parent as KL(phi of the
-    tuple | mean phi of the parent's tuples); M modules and several random starts side by side, and of these the best.
-    The paper calls two tuples like where cos(phi_i, phi_j) is above a fixed threshold. Ours to change: how far parents
-    are apart depends on v, m, s and on how well phi is known, and a partition needs no threshold."""
-    x = nn.utils.rnn.pad_sequence([p.T for p in phi], batch_first=True, padding_value=1.0).mT
-    x = x + 1e-3  # no symbol is impossible
+    phi: (K, n, D), every tuple's distributions in a row, for K modules and runs side by side;
+    noise: (K, v, STARTS, TRIALS) uniform numbers. Returns (K, n) int64, groups 0..v-1.
+    It is k-means, where a tuple is as far from a parent as KL(phi | mean phi of the parent's
+    tuples); of several starts the best. How far parents are apart depends on v, m, s and on how
+    well phi is known, so no threshold fits all, and a partition needs none."""
+    n = phi.shape[1]
+    x = phi + 1e-3                                         # no symbol is impossible
     log = x.log()
-    distance = ((x * log).sum(-1)[:, None] - log @ x.mT).clamp(min=0)  # (M, n, n): of column from row
-    noise = torch.empty(v, len(x), STARTS, x.shape[1]).exponential_(generator=random).to(x.device)
-    near, seeds = torch.full_like(noise[0], 1e9), []  # near: the distance to the nearest seed; there is none yet
-    for draw in noise:  # greedy k-means++: of a few tuples drawn in proportion to that distance, the best
-        trials = (near / draw).topk(min(TRIALS, x.shape[1])).indices  # (M, starts, trials)
-        far = distance.take_along_dim(trials.flatten(1)[:, :, None], 1).unflatten(1, (STARTS, -1))
-        left = torch.minimum(near[:, :, None], far)  # (M, starts, trials, n)
-        best = left.sum(-1).argmin(-1, keepdim=True)
-        seeds.append(trials.take_along_dim(best, -1))
-        near = left.take_along_dim(best[..., None], 2)[:, :, 0]
-    seeds = torch.cat(seeds, -1).flatten(1)[:, :, None]
-    parents = x.take_along_dim(seeds, 1).unflatten(1, (STARTS, v))  # (M, starts, v, D)
-    x = x[:, None]
+    own = (x * log).sum(-1)                                # (K, n)
+    distance = (own[:, None] - log @ x.mT).clamp(min=0)    # (K, n, n): of column from row
+
+    # greedy k-means++: of a few tuples, drawn in proportion to their distance from the nearest
+    # seed, the one that leaves the least distance is the next seed
+    near = torch.full((len(x), STARTS, n), 1e9, device=x.device)
+    run = torch.arange(len(x), device=x.device)[:, None, None]
+    seeds = []
+    for draw in noise.unbind(1):
+        upto = near.cumsum(-1)                             # (K, STARTS, n)
+        trials = torch.searchsorted(upto, draw * upto[..., -1:]).clamp(max=n - 1)
+        left = torch.minimum(near[:, :, None], distance[run, trials])   # (K, STARTS, TRIALS, n)
+        best = left.sum(-1).argmin(-1, keepdim=True)       # (K, STARTS, 1)
+        seeds.append(trials.gather(-1, best))
+        near = left.take_along_dim(best[..., None], 2).squeeze(2)
+    seeds = torch.cat(seeds, -1).flatten(1)                # (K, STARTS v)
+    parents = x[run[..., 0], seeds]                        # (K, STARTS v, D)
+
     for _ in range(ROUNDS):
-        member = F.one_hot((x @ parents.log().mT).argmax(-1), v).float()  # (M, starts, n, v)
-        parents = member.mT @ x / member.sum(-2)[..., None].clamp(min=1)
-    likelihood, group = (x @ parents.log().mT).max(-1)
-    best = likelihood.sum(-1).argmax(-1)
-    return group[torch.arange(len(group), device=best.device), best]
+        likelihood = (x @ parents.log().mT).unflatten(-1, (STARTS, v))
+        member = F.one_hot(likelihood.argmax(-1), v).float().flatten(2)     # (K, n, STARTS v)
+        parents = member.mT @ x / member.sum(1)[..., None].clamp(min=1)
+    likelihood = (x @ parents.log().mT).unflatten(-1, (STARTS, v))
+    likelihood, group = likelihood.max(-1)                 # (K, n, STARTS)
+    best = likelihood.sum(1).argmax(-1)                    # (K,)
+    return group[run[:, 0, 0], :, best]
 
 
-def clustering_loss(codes, group, separation):
-    """Mean over all pairs of -log c_i.c_j within a group, and of separation . -log(1 - c_i.c_j) between two groups.
+def similar(phi, threshold, centred):
+    """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is above
+    the threshold. centred: of phi minus its mean over the batch."""
+    if centred:
+        phi = phi - phi.mean(-2, keepdim=True)
+    unit = F.normalize(phi, dim=-1)
+    return (1 + unit @ unit.mT) / 2 > threshold
 
-    codes: (M, n, d) soft codes; group: (M, n). Returns (M,), one for each module. Our choice of form; unlike a squared
-    distance the logarithm keeps a gradient between two codes that are both nearly one-hot, so that codes that split one
-    symbol can still merge."""
-    n = codes.shape[1]
-    same = codes @ codes.mT
-    alike = group[:, :, None] == group[:, None]
-    loss = -torch.where(alike, (same + 0.01) / 1.01, 1.0001 - same).log()
+
+def clustering_loss(codes, alike, separation, sparsity=0.0):
+    """Mean over all pairs of -log c_i.c_j where they are alike, and of separation times
+    -log(1 - c_i.c_j) where they are not; and sparsity times the mean entropy of a code.
+
+    codes: (..., n, d) soft codes; alike: (..., n, n) bool. Returns (...), one for each module.
+    Our choice of form: unlike a squared distance the logarithm keeps a gradient between two codes
+    that are both nearly one-hot, so that codes that split one symbol can still merge."""
+    n = codes.shape[-2]
+    overlap = codes @ codes.mT                             # (..., n, n)
+    loss = -torch.where(alike, (overlap + 0.01) / 1.01, 1.0001 - overlap).log()
     weight = torch.where(alike, 1.0, separation) * (1 - torch.eye(n, device=codes.device))
-    return (weight * loss).sum((1, 2)) / (n * (n - 1))
+    loss = (weight * loss).flatten(-2).sum(-1) / (n * (n - 1))
+    if sparsity:
+        loss = loss + sparsity * entropy(codes).mean(-1)
+    return loss
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def losses(student, wanted, draw, v, target, options):
+    """(prediction, clustering), (R, L-1) each: the losses of every run and module on a Draw.
+
+    wanted: the teacher's codes of the same strings."""
+    log_phi, codes = student(draw.strings, options.detach)
+    s = student.sizes["s"]
+    predictions, gains, phi, items = [], [], [], []
+    for l, guess in enumerate(log_phi):
+        aim = goal(target, wanted, l, s, options.elements)
+        loss, gain = prediction_loss(guess, aim, s)
+        predictions.append(loss)
+        gains.append(gain)
+
+        # a few tuples of each string are enough for the clustering loss
+        chosen = choose(draw.tuples[:, l], aim.shape[2])               # (R, n)
+        some = guess.detach().flatten(2).take_along_dim(chosen[..., None], 1).exp()
+        if target == "joint":
+            # a cousin's parent tells more than its elements: they weigh as much together
+            some = some.unflatten(-1, guess.shape[2:])
+            some[..., :-1, :] /= some.shape[-2] - 1
+            some = some.flatten(2)
+        phi.append(some)                                               # (R, n, heads d)
+        above = codes[l + 1].flatten(1, 2)                             # (R, N, d)
+        items.append(above.take_along_dim(chosen[..., None], 1))       # (R, n, d)
+
+    widest = max(some.shape[-1] for some in phi)
+    phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
+    if options.alike == "groups":
+        group = grouping(phi.flatten(0, 1), v, draw.noise.flatten(0, 1))
+        group = group.view(phi.shape[:3])                              # (R, L-1, n)
+        alike = group[..., None] == group[..., None, :]
+    else:
+        alike = similar(phi, options.threshold, options.alike == "centred")
+    items = torch.stack(items, 1)                                      # (R, L-1, n, d)
+    clustering = clustering_loss(items, alike, options.separation, options.sparsity)
+
+    # first predict, then cluster
+    if options.gate:
+        clustering = clustering * (torch.stack(gains, 1) / options.gate).clamp(0, 1)
+    return torch.stack(predictions, 1), clustering
+
+
+# --------------------------------------------------------------------------------------------------
 # training
 
 
-def losses(student, teacher, x, v, target, detach, random, settings):
-    """The losses of a batch of strings x, (B, s^L): 2 (L-1) scalars, the prediction losses of the modules and then
-    their clustering losses. teacher None: the student's own codes are the targets."""
-    tokens = one_hot(x, student[0].d)
-    codes = wanted = tokens
-    predictions, gains, phi, items = [], [], [], []
-    for l, module in enumerate(student):
-        log_phi, above = module(codes, local="clusterer" in detach)
-        if target == "joint" or target == "latent" and l < len(student) - 1:
-            with torch.no_grad():
-                lifted = above.detach() if teacher is None else teacher[l](wanted)[1]
-        seen = tokens if target == "token" else wanted  # the prediction target
-        if target == "joint":
-            families = wanted.unflatten(1, (-1, module.s)), lifted[:, :, None]  # a tuple's symbols, and its parent
-            seen = torch.cat(families, 2).flatten(1, 2)
-        prediction, gain = prediction_loss(log_phi, seen)
-        predictions.append(prediction)
-        gains.append(gain)
-        some = torch.randperm(len(log_phi), generator=random)[: 2 * len(x)].to(x.device)  # enough; the paper takes 300
-        guess = log_phi.detach()[some].exp()
-        if target == "joint":  # what a cousin's elements tell, its parent tells better: all s weigh as much as it alone
-            guess[..., : module.s, :] /= module.s
-        phi.append(guess.flatten(1))
-        items.append(above.reshape(-1, module.d)[some])
-        if target != "token" and l < len(student) - 1:
-            wanted = lifted
-        codes = above if detach == "none" else above.detach()
-    clustering = clustering_loss(torch.stack(items), grouping(phi, v, random), settings.separation)
-    if settings.gate:  # first predict, then cluster
-        clustering = clustering * (torch.stack(gains) / settings.gate).clamp(0, 1)
-    return predictions + list(clustering)
+class Draw(NamedTuple):
+    """The random numbers of one step."""
+
+    strings: torch.Tensor    # (R, B, s^L): the batch of every run
+    tuples: torch.Tensor     # (R, L-1, B, 2) uniform: which tuples of a string are compared
+    noise: torch.Tensor      # (R, L-1, v, STARTS, TRIALS) uniform: for k-means
 
 
-@torch.no_grad()
-def average(teacher, student, ema):
-    """teacher += ema (student - teacher), every parameter; in place."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), ema)
+def draws(xs, batch, v, L, generators):
+    """Endless random numbers, every run's from its own CPU generator, many steps at once."""
+    device = xs[0].device
+    while True:
+        strings, tuples, noise = [], [], []
+        for x, generator in zip(xs, generators):
+            rows = torch.randint(len(x), (BLOCK, batch), generator=generator)
+            strings.append(x[rows.to(device)])
+            tuples.append(torch.rand(BLOCK, L - 1, batch, 2, generator=generator))
+            noise.append(torch.rand(BLOCK, L - 1, v, STARTS, TRIALS, generator=generator))
+        block = [torch.stack(part, 1).to(device) for part in (strings, tuples, noise)]
+        for step in range(BLOCK):
+            yield Draw(*(part[step] for part in block))
 
 
-def train(x, v, s, target="latent", detach="none", combine="sum", seed=0, report=None, **settings):
-    """Learn from strings x, a (P, s^L) uint8 tensor of symbols 0..v-1, on x's device. Returns the trained modules.
+def choose(uniform, n):
+    """Two different tuples out of the n of every string, as places in the batch.
 
-    report(done, steps, stack) is called after every step. settings: those of FLAGS, by name. Raises ValueError if a
-    target or a setting is unknown or out of range, ImportError if combine is upgrad and torchjd is not installed."""
-    unknown = [name for name in settings if name not in FLAGS]
-    if unknown or target not in TARGETS or detach not in DETACH or combine not in ("sum", "upgrad"):
-        raise ValueError(f"one of {unknown}, target {target!r}, detach {detach!r}, combine {combine!r} is unknown")
-    settings = SimpleNamespace(**(SETTINGS | settings))
-    batch = settings.batch or 8 * v
-    d = settings.codes or 5 * v // 4
-    if d < v:
-        raise ValueError(f"codes = {d}: allowed is v = {v} or more (0 for 5 v / 4), as tokens are codes too")
-    L = depth_of(x, s)
-    if combine == "upgrad":
-        from torchjd.aggregation import UPGrad
-        from torchjd.autojac import backward, jac_to_grad
+    uniform: (R, B, 2) in [0, 1). Returns (R, 2 B) int64."""
+    first = (uniform[..., 0] * n).long()
+    second = (first + 1 + (uniform[..., 1] * (n - 1)).long()) % n
+    start = n * torch.arange(uniform.shape[1], device=uniform.device)
+    return torch.cat([start + first, start + second], 1)
 
-        aggregator = UPGrad()  # needs the solvers quadprog and qpsolvers, and says so here
-    random = torch.Generator().manual_seed(seed)
-    student = build(s, L, d, settings.hidden, target, random).to(x.device)
-    teacher = copy.deepcopy(student).requires_grad_(False) if settings.ema else None
+
+def train(xs, v, s, L, target, seeds, steps, options, watch=None):
+    """The training loop, for R runs of equally many steps. Returns R Predictors."""
+    R, device = len(xs), xs[0].device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    heads = heads_of(target, options.elements, s, L)
+    student = Network(R, s, options.codes, options.hidden, heads)
+    student.draw(generators)
+    student.to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
     weights = list(student.parameters())
-    optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=settings.decay, fused=x.device.type != "mps")
-    steps = min(settings.steps, math.ceil(settings.epochs * len(x) / batch))
+    # not fused: that one rounds the last few weights of a tensor in another way
+    optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
+    random = draws(xs, options.batch, v, L, generators)
+    ended = {}
+
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / steps)
-        strings = x[torch.randint(len(x), (batch,), generator=random).to(x.device)]
-        parts = losses(student, teacher, strings, v, target, detach, random, settings)
+        draw = next(random)
+        if options.schedule == "linear":
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - step / steps)
+
+        # the teacher reads the same strings, and nothing flows back into it
+        with torch.no_grad():
+            wanted = teacher(draw.strings)[1]
+        prediction, clustering = losses(student, wanted, draw, v, target, options)
+        parts = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
+        loss = parts.sum(1)                                # (R,) one loss for every run
+
+        # a run whose loss is not finite ends here, and its neighbours go on
+        for r, finite in enumerate(loss.isfinite().tolist()):
+            if not finite and r not in ended:
+                ended[r] = Predictor(student.run(r), v, L, target, step + 1)
+
         optimizer.zero_grad()
-        if combine == "sum":
-            sum(parts).backward()
-        else:  # Jacobian descent, as the paper: no loss may grow to first order
-            backward(parts)
-            jac_to_grad(weights, aggregator)
+        if options.combine == "sum":
+            loss.sum().backward()    # runs share no weight: the gradient of each is its own
+        else:
+            jacobian_descent(parts[0], weights)
         optimizer.step()
-        if teacher is not None:
-            average(teacher, student, settings.ema)
-        if report:
-            report(step + 1, steps, student)
-    return student
+
+        # with ema = 0 the teacher is the student, so that its codes are the student's own
+        with torch.no_grad():
+            for old, new in zip(teacher.parameters(), weights):
+                old.mul_(options.ema).add_(new, alpha=1 - options.ema)
+        if watch:
+            watch(step + 1, steps, student, prediction.detach())
+
+    return [ended.get(r) or Predictor(student.run(r), v, L, target) for r in range(R)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the scores
+def jacobian_descent(parts, weights):
+    """The gradient of the paper's Jacobian descent: no loss may grow to first order."""
+    from torchjd.aggregation import UPGrad
+    from torchjd.autojac import backward, jac_to_grad
+
+    backward(list(parts))
+    jac_to_grad(weights, UPGrad())
 
 
-def score(stack, truth, v):
-    """truth: levels of fresh strings. Returns, for the levels 1..L-1: accuracy of the arg-max code under the best
-    matching; codes in use (by at least 1 in 1000 tuples); entropy of their use in nats, log v if all is well."""
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
+    """R runs side by side: run r learns from the strings xs[r], (P, s^L), with seeds[r].
+
+    xs: anyone's strings, each a tensor, array or list of symbols 0..v-1; P may differ.
+    settings: see SETTINGS. watch(step, steps, network, prediction) is called after every step,
+    with the Network of the runs that train together and their prediction losses, (R, L-1).
+    Returns R Predictors. One whose loss stopped being finite has the weights of that step, and
+    its number as diverged. Raises ValueError, naming the argument or setting."""
+    options = read_options(v, target, settings)
+    if len(xs) != len(seeds) or len(xs) == 0:
+        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
+    xs, depths = zip(*(as_strings(x, v, s) for x in xs))
+    if len(set(depths)) > 1:
+        raise ValueError("x: the strings of all runs must have one length")
+
+    # runs of equally many steps share one loop; Jacobian descent takes one run at a time
+    together = {}
+    for r, x in enumerate(xs):
+        steps = min(options.steps, math.ceil(options.epochs * len(x) / options.batch))
+        alone = r if options.combine == "upgrad" else 0
+        together.setdefault((steps, alone), []).append(r)
+    learned = {}
+    for (steps, _), runs in together.items():
+        x, seed = [xs[r] for r in runs], [seeds[r] for r in runs]
+        trained = train(x, v, s, depths[0], target, seed, steps, options, watch)
+        learned.update(zip(runs, trained))
+    return [learned[r] for r in range(len(xs))]
+
+
+def fit(x, v, s, target="latent", seed=0, watch=None, **settings):
+    """Learn from strings x, (P, s^L): one Predictor. It is fit_many of one run.
+
+    Raises FloatingPointError if the loss stops being finite."""
+    learned = fit_many([x], v, s, target, [seed], watch, **settings)[0]
+    if learned.diverged:
+        options = read_options(v, target, settings)
+        raise FloatingPointError(
+            f"step {learned.diverged}: the loss is no longer finite; "
+            f"lower lr (now {options.lr:g}) or decay (now {options.decay:g})"
+        )
+    return learned
+
+
+def read_options(v, target, settings):
+    """All settings as attributes of one object. Raises ValueError, naming the setting."""
+    options = read_settings(SETTINGS, PRESETS, settings)
+    options.batch = options.batch or 8 * v
+    options.codes = options.codes or 5 * v // 4
+    if target not in TARGETS:
+        raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
+    if options.codes < v:
+        raise ValueError(f"codes: must be v = {v} or more (0 for 5 v / 4), as tokens are codes too")
+    if options.combine == "upgrad" and not importlib.util.find_spec("torchjd"):
+        raise ValueError("combine: upgrad needs pip install 'torchjd[quadprog-projector]'")
+    return options
+
+
+def check_size(v, s, m, L, P, target="latent", **settings):
+    """Raise ValueError, naming the flag, if a run of these sizes would need too much memory."""
+    options = read_options(v, target, settings)
+    strings = max(P, TEST_STRINGS)
+    check_memory("samples" if P > TEST_STRINGS else "depth", 2 * strings * s**L,
+                 f"{strings} strings of {s**L} tokens")
+    weights, activations = 0, 0
+    for l, heads in enumerate(heads_of(target, options.elements, s, L)):
+        width = math.prod(heads) * options.codes
+        inputs = s * options.codes
+        weights += options.hidden * (inputs + options.hidden + 2 * width + options.codes)
+        tuples = options.batch * s ** (L - l - 1)
+        activations += tuples * (inputs + 6 * options.hidden + 8 * width)
+    pairs = (2 * options.batch) ** 2 * (L - 1)
+    # float32: weights, gradient, two moments, teacher; a block of batches is in bytes
+    check_memory("hidden", 4 * 5 * weights, "the weights")
+    check_memory("batch", 4 * (activations + 6 * pairs), "a step")
+    check_memory("batch", BLOCK * options.batch * s**L, f"the strings of {BLOCK} steps")
+
+
+# --------------------------------------------------------------------------------------------------
+# what is learned, and its scores
+
+
+class Predictor:
+    """What one run has learned. diverged: the step whose loss was not finite, 0 if all were."""
+
+    def __init__(self, network, v, L, target, diverged=0):
+        self.network, self.v, self.s, self.L = network, v, network.sizes["s"], L
+        self.target, self.diverged = target, diverged
+
+    def __repr__(self):
+        d, hidden = self.network.sizes["d"], self.network.sizes["hidden"]
+        sizes = f"v={self.v}, s={self.s}, L={self.L}, codes={d}, hidden={hidden}"
+        return f"Predictor(target={self.target}, {sizes}, diverged={self.diverged})"
+
+    @torch.no_grad()
+    def codes(self, x, hard=False):
+        """(P, s^L) strings -> the codes of levels 1..L-1: (P, s^(L-l), d) float distributions.
+
+        hard: their arg-max, (P, s^(L-l)) int64. Raises ValueError, naming x."""
+        x, L = as_strings(x, self.v, self.s)
+        if L != self.L:
+            raise ValueError(f"x: strings must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
+        x = x.to(next(self.network.parameters()).device)
+        training = self.network.training
+        self.network.eval()
+        parts = []
+        for some in x.split(max(1, CHUNK_TOKENS // x.shape[1])):
+            codes = [h[0] for h in self.network(some[None])[1][1:]]
+            parts.append([h.argmax(-1) for h in codes] if hard else codes)
+        self.network.train(training)
+        return [torch.cat(level) for level in zip(*parts)]
+
+    def label(self, x):
+        """(P, s^L) strings -> levels: levels[0] the strings, levels[l] (P, s^(L-l)) int64 ids,
+        l = 1..L-1. Raises ValueError, naming x."""
+        return [as_strings(x, self.v, self.s)[0], *self.codes(x, hard=True)]
+
+    def save(self, file):
+        """Write sizes and weights to a file, for load."""
+        about = {"v": self.v, "L": self.L, "target": self.target, "diverged": self.diverged}
+        weights = self.network.state_dict()
+        torch.save({"predictor": about, "sizes": self.network.sizes, "weights": weights}, file)
+
+
+def load(file):
+    """The Predictor that save wrote, on the CPU. Raises ValueError if the file is another."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        network = Network(1, **saved["sizes"])
+        network.load_state_dict(saved["weights"])
+        return Predictor(network, **saved["predictor"])
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"file: {file} is not what Predictor.save wrote") from error
+
+
+def score(learned, truth):
+    """How well the levels 1..L-1 of fresh strings are labelled; truth: their levels.
+
+    A row for each: accuracy under the best matching of codes and symbols; codes in use, by 1 in
+    1000 tuples or more; entropy of their use in nats, log v if all is well."""
     rows = []
-    for l, codes in enumerate(encode(stack, truth[0]), 1):
-        best = codes.argmax(-1)
-        use = best.flatten().bincount(minlength=codes.shape[-1]) / best.numel()
-        rows.append((accuracy(best, truth[l], v), int((use >= 1e-3).sum()), float(entropy(use))))
+    for labels, symbols in zip(learned.label(truth[0])[1:], truth[1:]):
+        use = labels.flatten().bincount() / labels.numel()
+        in_use = int((use >= 1e-3).sum())
+        rows.append((accuracy(labels, symbols, learned.v), in_use, float(entropy(use))))
     return rows
 
 
-def probes(stack, train, test, v):
-    """Accuracies of linear probes of the frozen final code, trained on the labels of the training strings: h^(L-1) at
-    every position, and the root from all of them. A probe can read symbols that were never merged, wherever
-    d_h >= v m; the matching accuracy can't be deceived so."""
-    a, b = encode(stack, train[0])[-1], encode(stack, test[0])[-1]  # (P, s, d)
-    below = linear_probe(a.flatten(0, 1), train[-2].flatten(), v)(b.flatten(0, 1)).argmax(1) == test[-2].flatten()
-    root = linear_probe(a.flatten(1), train[-1][:, 0], v)(b.flatten(1)).argmax(1) == test[-1][:, 0]
-    return below.float().mean().item(), root.float().mean().item()
+def probe(learned, levels, truth):
+    """Linear probes of the frozen final code, trained on the labels of the training strings.
+
+    levels, truth: of training and of fresh strings. Returns (accuracy for level L-1 at every
+    position, accuracy for the root from all positions, different answers for the root). Where
+    d_h >= v m, a probe could read level L-1 from tuples that were never merged."""
+    v, L = learned.v, learned.L
+    known, fresh = learned.codes(levels[0])[-1], learned.codes(truth[0])[-1]     # (P, s, d)
+    read = linear_probe(known.flatten(0, 1), levels[L - 1].flatten(), v)
+    below = read(fresh).argmax(-1) == truth[L - 1]                               # (P, s)
+    read = linear_probe(known.flatten(1), levels[L][:, 0], v)
+    answers = read(fresh.flatten(1)).argmax(-1)                                  # (P,)
+    root = answers == truth[L][:, 0]
+    return below.float().mean().item(), root.float().mean().item(), len(answers.unique())
 
 
-def recover(grammar, P, seed, target="latent", device="cpu", detach="none", combine="sum", **settings):
-    """One run of the sweep: learn from P strings, score on fresh ones.
+def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
+    """What the sweep asks: run r learns from samples[r] strings of grammars[r], with seeds[r].
 
-    Returns (accuracy, collapsed), lists over the levels 1..L-1: the fraction of right labels under the best matching,
-    and whether fewer than v codes are in use."""
-    x = grammar.sample(P, seed, device)[0]
-    stack = train(x, grammar.v, grammar.s, target, detach, combine, seed, **settings)
-    rows = score(stack, grammar.sample(TEST_STRINGS, (seed, 1), device), grammar.v)
-    return [a for a, _, _ in rows], [used < grammar.v for _, used, _ in rows]
+    All grammars have the same v, s, m, L. Returns a Score for each run: levels 1..L-1 by the best
+    matching, and the root by a linear probe of the final code; floor is the same before training."""
+    v, s, L = grammars[0].v, grammars[0].s, grammars[0].L
+    train_levels = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
+    xs = [levels[0] for levels in train_levels]
+    learned = fit_many(xs, v, s, target, seeds, **settings)
+    # untrained: steps of no length, that show the batch norms the size of phi
+    still = settings | {"lr": 0.0, "steps": 10}
+    untrained = fit_many(xs, v, s, target, seeds, **still)
+
+    scores = []
+    for r, grammar in enumerate(grammars):
+        if learned[r].diverged:
+            scores.append(Score([0.0] * L, [True] * L, None, learned[r].diverged))
+            continue
+        truth = grammar.sample(TEST_STRINGS, (seeds[r], 1), device)
+        rows = score(learned[r], truth)
+        _, root, answers = probe(learned[r], train_levels[r], truth)
+        found = [a for a, _, _ in rows] + [root]
+        collapsed = [used < v for _, used, _ in rows] + [answers < v]
+        floor = [a for a, _, _ in score(untrained[r], truth)]
+        floor.append(probe(untrained[r], train_levels[r], truth)[1])
+        scores.append(Score(found, collapsed, floor))
+    return scores
 
 
 def main():
     parser = Parser(__doc__)
     add_grammar_flags(parser, m=3, samples=4096)
-    parser.add_argument("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
-    parser.add_argument("--detach", choices=DETACH, default="none", help="stop the gradient between modules, and from "
-                        "each clusterer to its predictor (default none)")
-    parser.add_argument("--combine", choices=("sum", "upgrad"), default="sum", help="the losses: their sum, or "
-                        "Jacobian descent as in the paper, which needs the package torchjd (default sum)")
-    for name, (default, kind, text) in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--target", choices=TARGETS, default="latent",
+                        help="what is predicted (default latent)")
+    add_settings(parser, SETTINGS, PRESETS)
+    parser.add_argument("--trace", metavar="FILE.csv", help="write accuracy and loss by the step")
+    parser.add_argument("--save", metavar="FILE", help="write the weights, for predictor.load")
     args = parser.parse_args()
-    grammar = grammar_from_flags(parser, args)
+    settings = given_settings(SETTINGS, args)
     device = pick_device(parser, args.device)
-    levels = grammar.sample(args.samples, args.seed, device)
+    grammar = grammar_from_flags(parser, args)
+    v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
+    try:
+        check_size(v, s, m, L, P, args.target, **settings)
+        check_files(args.trace, args.save)
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+
+    levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
     glance = [h[:256] for h in truth]
+    trace = open(args.trace, "w", newline="") if args.trace else None
+    if trace:
+        columns = [f"{name} {l}" for l in range(1, L) for name in ("accuracy", "prediction")]
+        csv.writer(trace).writerow(["step", *columns])
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=args.steps, bar_format=layout, delay=1e-3)  # nothing to see if a flag turns out to be wrong
+    bar = tqdm(bar_format=layout)
 
-    def report(done, steps, stack):
+    def watch(step, steps, network, prediction):
         bar.total = steps
         bar.update()
-        if done % max(1, steps // 40) == 0:
-            found = " ".join(f"{a:.2f}" for a, _, _ in score(stack, glance, args.v))
-            bar.set_postfix_str(f"accuracy of levels 1..{args.depth - 1}: {found}")
+        if step % max(1, steps // 80) and step != steps:
+            return
+        rows = score(Predictor(network, v, L, args.target), glance)
+        found = [a for a, _, _ in rows]
+        text = " ".join(f"{a:.2f}" for a in found)
+        bar.set_postfix_str(f"accuracy of levels 1..{L - 1}: {text}")
+        if trace:
+            pairs = [f"{x:.6f}" for pair in zip(found, prediction[0].tolist()) for x in pair]
+            csv.writer(trace).writerow([step, *pairs])
+            trace.flush()
 
-    settings = {name: getattr(args, name) for name in FLAGS}
     try:
-        stack = train(levels[0], args.v, args.s, args.target, args.detach, args.combine, args.seed, report, **settings)
-    except ValueError as error:
+        learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
+    except FloatingPointError as error:
         bar.close()
-        parser.error(f"argument --{error}")
-    except ImportError:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    finally:
         bar.close()
-        parser.error("argument --combine: upgrad needs a package: pip install 'torchjd[quadprog-projector]'")
-    bar.close()
-    print(f"{args.samples} strings of {args.s**args.depth} tokens, v={args.v} s={args.s} m={args.m} L={args.depth}")
-    print(f"target {args.target}, detach {args.detach}, d_h = {stack[0].d}; v m^3 = {args.v * args.m**3}")
-    print(f"\nlevel   accuracy on {TEST_STRINGS} fresh strings   codes in use   entropy (of {math.log(args.v):.2f})")
-    for l, (a, used, H) in enumerate(score(stack, truth, args.v), 1):
-        print(f"{l:5}   {a:8.3f}{'':25}{used:12}   {H:7.2f}{'   collapsed' if used < args.v else ''}")
-    below, root = probes(stack, levels, truth, args.v)
-    print(f"\nlinear probes of the final code: level {args.depth - 1} {below:.3f}, root {root:.3f}")
-    if stack[0].d >= args.v * args.m:
-        print(f"(d_h >= v m = {args.v * args.m}: such a probe could read tuples that were never merged)")
+        if trace:
+            trace.close()
+    if args.save:
+        learned.save(args.save)
+    print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
+    print(learned)
+    print(f"\nlevel   accuracy on {TEST_STRINGS} fresh strings   codes in use   "
+          f"entropy (of {math.log(v):.2f})")
+    for l, (found, used, H) in enumerate(score(learned, truth), 1):
+        mark = "   collapsed" if used < v else ""
+        print(f"{l:5}   {found:8.3f}{'':25}{used:12}   {H:7.2f}{mark}")
+    below, root, _ = probe(learned, levels, truth)
+    print(f"\nlinear probes of the final code: level {L - 1} {below:.3f}, root {root:.3f}")
+    if learned.network.sizes["d"] >= v * m:
+        print(f"(d_h >= v m = {v * m}: such a probe could read tuples that were never merged)")
+
+
+def check_files(trace, save):
+    """Raise ValueError, naming the flag, unless the two files can be written."""
+    for flag, file in (("trace", trace), ("save", save)):
+        if file is None:
+            continue
+        path = Path(file)
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{flag}: cannot write {file}")
+    if trace and save and Path(trace).resolve() == Path(save).resolve():
+        raise ValueError(f"save: must be another file than --trace, not {save}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
