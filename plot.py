@@ -255,18 +255,17 @@ def label_ends(axis, ends, gap):
 
     ends: (x, y, name, style) of the last point of every line. A line that reaches the right side
     is led to its name."""
-    right = axis.get_xlim()[1]
-    heights = axis.get_ylim()  # both fixed from here on
-    axis.set(xlim=axis.get_xlim(), ylim=heights)
-    low, high = np.log(heights)
-    ends = sorted(ends, key=lambda one: one[1])
+    left, right = axis.set_xlim(axis.get_xlim())  # fixed from here on
+    low, high = np.log(axis.set_ylim(axis.get_ylim()))
+    ends = sorted(ends, key=lambda end: end[1])
     wanted = [(math.log(y) - low) / (high - low) for _, y, *_ in ends]
     panel = {"transform": axis.transAxes, "clip_on": False}
     for (x, y, name, style), start, place in zip(ends, wanted, spread(wanted, gap)):
         if right - x < 0.5:
-            axis.plot([1, 1.03], [start, place], color="0.75", linewidth=0.8, **panel)
-        axis.plot([1.04, 1.08, 1.12], [place] * 3, markevery=[1], **panel, **style)
-        axis.text(1.135, place, name, va="center", **panel)
+            lead = [(x - left) / (right - left) + 0.013, 1.03]
+            axis.plot(lead, [start, place], color="0.75", linewidth=0.8, zorder=0, **panel)
+        axis.plot([1.04, 1.085, 1.13], [place] * 3, markevery=[1], **panel, **style)
+        axis.text(1.145, place, name, va="center", **panel)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,7 +327,10 @@ def conclusion(curves, m):
         for name, verdict in found.items():
             said.setdefault(verdict, []).append(name)
     said.pop(None, None)
-    words = [f"{verdict} for {', '.join(names)}" for verdict, names in sorted(said.items())[::-1]]
+    words = []
+    for verdict, names in sorted(said.items(), reverse=True):
+        many = f"{len(names)} methods" if len(names) > 5 else ", ".join(names)
+        words.append(f"{verdict} for {many}")
     return f"From L = 3 on, P* {'; '.join(words)}" if words else "Samples needed against depth"
 
 
@@ -390,12 +392,13 @@ def draw_line(axis, cells, shift, style):
 def notes_on(cells):
     """What bars and signs mean, for those that occur."""
     seeds = sorted({cell["seeds"] for cell in cells})
-    notes = [f"bars: 95 % intervals over {seeds[0]} to {seeds[-1]} seeds"]
+    notes = [f"bars: 95 % intervals, {' to '.join(map(str, seeds[:1] + seeds[1:][-1:]))} seeds"]
     if seeds[0] < 2:
         notes.append("no bar: one seed")
     states = {cell["state"] for cell in cells}
-    notes += [f"{sign} {words}" for state, (sign, words) in SIGNS.items() if state in states]
-    return textwrap.fill("     ".join(notes), 95)
+    notes += [f"open, {sign}: {words}" for state, (sign, words) in SIGNS.items() if state in states]
+    unbroken = [note.replace(" ", "\u00a0") for note in notes]
+    return textwrap.fill(";  ".join(unbroken), 90)
 
 
 def draw_depth(rows):
@@ -428,7 +431,7 @@ def draw_depth(rows):
                 ends.append((depths[-1], law[-1], f"${name}$", guide))
         styles = line_styles(curves, targets, learners)
         for i, (method, line) in enumerate(curves.items()):
-            shift = 0.05 * (i - (len(curves) - 1) / 2)  # so that no bar hides another
+            shift = min(0.05, 0.4 / len(curves)) * (i - (len(curves) - 1) / 2)  # no bar hides another
             draw_line(axis, line, shift, styles[method])
             ends.append((line[-1]["L"] + shift, line[-1]["P"], method, styles[method]))
         axis.set_ylim(min(axis.get_ylim()[0], low / 2), max(axis.get_ylim()[1], high * 2))
@@ -479,10 +482,11 @@ def draw_ladders(axis, rows, several, scale, theirs):
             x = [P / scale(m) for P in sorted(found)]
             axis.plot(x, [found[P] for P in sorted(found)], **look, linewidth=1.2, label=label)
             label = None
-        if m in theirs:
-            label = "paper's P*" if m == min(theirs) else None
-            look |= {"marker": "*", "markersize": 15, "markeredgecolor": "black", "zorder": 5}
-            axis.plot(theirs[m] / scale(m), 0.5, **look, linestyle="", label=label)
+    for m in sorted(set(several) & set(theirs)):
+        label = None if m > min(theirs) else "paper's P*"
+        look = {"color": shade(several.index(m), len(several)), "marker": "*", "markersize": 15}
+        look |= {"markeredgecolor": "black", "zorder": 5, "linestyle": "", "label": label}
+        axis.plot(theirs[m] / scale(m), 0.5, **look)
     axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xscale="log", ylim=(-0.02, 1.05))
 
@@ -493,7 +497,7 @@ def draw_collapse(runs, depth, paper):
     if not groups:
         return None
     figure, axes = new_figure(len(groups), 3, 4, 3.2)
-    figure.subplots_adjust(wspace=0.1, hspace=0.55)
+    figure.subplots_adjust(wspace=0.1, hspace=0.7)
     best = []
     for line, (key, rows) in zip(axes, groups.items()):
         method, v, s, zipf, L = key
@@ -517,7 +521,7 @@ def draw_collapse(runs, depth, paper):
     title = "Accuracy against training strings, for every m"
     if best:
         title = f"Lines of all m fall together best, by the spread of ln P*: {', '.join(best)}"
-    axes[0, 0].text(0, 1.3, textwrap.fill(title, 100), transform=axes[0, 0].transAxes, fontsize=13)
+    axes[0, 0].text(0, 1.4, textwrap.fill(title, 100), transform=axes[0, 0].transAxes, fontsize=13)
     return figure
 
 
@@ -678,13 +682,13 @@ class Parser(argparse.ArgumentParser):
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
-    parser.add_argument("files", nargs="*", default=["out"], help="folders of sweeps, CSV files")
-    names = parser.parse_args().files
+    parser.add_argument("out", nargs="*", default=["out"], help="folders of sweeps, or CSV files")
+    names = parser.parse_args().out
     try:
         for picture in draw(*names):
             print(f"wrote {picture}")
     except ValueError as error:
-        parser.error(f"argument files: {error}")
+        parser.error(f"argument out: {error}")
 
 
 def run_script():
