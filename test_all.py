@@ -1016,7 +1016,8 @@ def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and done.stdout.count("wrote") == 2
     first = files(tmp_path)
-    assert len(first) == 4 and plot.draw(tmp_path) == [tmp_path / "samples_vs_depth.png", tmp_path / "collapse.png"]
+    assert len(first) == 4
+    assert plot.draw(tmp_path) == [tmp_path / "samples_vs_depth.png", tmp_path / "collapse.png"]
     assert files(tmp_path) == first
 
 
