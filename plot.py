@@ -35,7 +35,7 @@ COLOURS = {"latent": "#005a9c", "token": "#d55e00", "root": "#000000", "joint": 
 SPARE_COLOURS = ("#aa3377", "#e6b000", "#7fb8e8", "#7a6a53", "#999999")
 LINES = {"cluster": ("-", "o"), "predictor": ("--", "s"), "data2vec": (":", "^")}
 SPARE_LINES = (("-.", "D"), ("-.", "v"), ("-.", "P"), ("-.", "X"))
-MARKERS = "osD^vPX*" * 8
+MARKERS = "osD^vPX*"
 NAMES = {"latent": "own latents", "token": "tokens", "root": "labels", "joint": "joint"}
 PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}  # its methods: our learners
 
@@ -74,7 +74,8 @@ def whole(low, high):
     """A reader of whole numbers from low to high; raises ValueError, as all readers here."""
 
     def read(text):
-        if not (text.isascii() and text.isdigit() and len(text) < 16 and low <= int(text) <= high):
+        digits = text.isascii() and text.isdigit() and len(text) < 16
+        if not (digits and low <= int(text) <= high):
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
@@ -285,7 +286,7 @@ def label_ends(axis, ends, gap):
 # samples_vs_depth.png
 
 
-def read_cells(rows, prefix):
+def cells_of(rows, prefix):
     """The rows of one method -> its cells by depth, of P50 or root_P50, except what was not run."""
     cells = {}
     for row in rows:
@@ -370,7 +371,7 @@ def panels_of(rows):
         for variant, part in variants.items():
             for prefix, what in (("", "level L\u22121"), ("root_", "root, read by a probe")):
                 methods = group(part, "method").items()
-                curves = {method: read_cells(own, prefix) for (method,), own in methods}
+                curves = {method: cells_of(own, prefix) for (method,), own in methods}
                 curves = {method: cells for method, cells in curves.items() if cells}
                 title = f"{what}: {describe(*size)} {variant}"
                 if curves:
@@ -403,16 +404,16 @@ def draw_line(axis, cells, shift, style):
     # a thin line leads to bounds, the full one joins numbers alone
     axis.plot(x, P, color=colour, linewidth=0.8, alpha=0.5)
     axis.plot(x, known, **style)
+    look = {"color": colour, "fontsize": 13, "weight": "bold", "ha": "center", "va": "center"}
     for cell, x in zip(cells, x):
-        if not cell["state"]:
-            if cell["seeds"] > 1:
-                axis.plot([x, x], [cell["low"], cell["high"]], color=colour, linewidth=1.2)
-            continue
-        axis.plot(x, cell["P"], **style | {"markerfacecolor": "white"})
-        offset = 0, -12 if cell["state"] == "below Pmin" else 12
-        look = {"color": colour, "fontsize": 13, "weight": "bold", "ha": "center", "va": "center"}
-        sign = SIGNS[cell["state"]][0]
-        axis.annotate(sign, (x, cell["P"]), offset, textcoords="offset points", **look)
+        state = cell["state"]
+        if state:
+            axis.plot(x, cell["P"], **style | {"markerfacecolor": "white"})
+            points = 0, -12 if state == "below Pmin" else 12
+            place = {"xy": (x, cell["P"]), "xytext": points, "textcoords": "offset points"}
+            axis.annotate(SIGNS[state][0], **place, **look)
+        elif cell["seeds"] > 1:
+            axis.plot([x, x], [cell["low"], cell["high"]], color=colour, linewidth=1.2)
 
 
 def draw_lines(axis, curves, styles):
@@ -442,7 +443,8 @@ def draw_laws(axis, size, depths, low, high):
 def notes_on(cells):
     """What bars and signs mean, for those that occur."""
     seeds = sorted({cell["seeds"] for cell in cells})
-    notes = [f"bars: 95 % intervals, {' to '.join(map(str, seeds[:1] + seeds[1:][-1:]))} seeds"]
+    several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+    notes = [f"bars: 95 % intervals, {several} seeds"]
     if seeds[0] < 2:
         notes.append("no bar: one seed")
     states = {cell["state"] for cell in cells}
@@ -516,7 +518,7 @@ def spread_over_m(stars, power):
 def draw_ladders(axis, rows, several, scale, theirs):
     """Accuracy against P / scale(m), a line for every m and seed, and a star for the paper's P*."""
     for k, m in enumerate(several):
-        look = {"color": shade(k, len(several)), "marker": MARKERS[k], "markersize": 4}
+        look = {"color": shade(k, len(several)), "marker": MARKERS[k % 8], "markersize": 4}
         label = f"m={m}"
         for seed in group(rows, "seed"):
             found = {r["P"]: r["accuracy"] for r in rows if (r["m"], (r["seed"],)) == (m, seed)}
@@ -572,10 +574,16 @@ def draw_collapse(runs, depth, paper):
 # phases.png
 
 
+def level_of(column):
+    """"unseen 3" -> 3"""
+    return int(column.split()[1])
+
+
 def one_after_the_other(rows, what):
     """Whether accuracies reach 0.5 in the order of their levels, and two of them do."""
     reached = []
-    for column in sorted(name for name in rows[0] if name.startswith(what)):
+    columns = [name for name in rows[0] if name.startswith(f"{what} ")]
+    for column in sorted(columns, key=level_of):
         reached.append(next((row["step"] for row in rows if row[column] >= 0.5), math.inf))
     finite = [step for step in reached if step < math.inf]
     return len(finite) > 1 and reached == sorted(reached) and len(set(finite)) == len(finite)
@@ -584,7 +592,7 @@ def one_after_the_other(rows, what):
 def draw_phases(kind, traces):
     """The figure of phases.png, from traces of one learner: a colour a level, a line a run."""
     panels = {
-        "data2vec": {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score, best map"},
+        "data2vec": {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score"},
         "predictor": {"accuracy": "accuracy", "prediction": "prediction loss"},
     }[kind]
 
@@ -594,12 +602,12 @@ def draw_phases(kind, traces):
         columns.setdefault(name.split(" ")[0], set()).add(name)
     figure, axes = new_figure(1, 2, 5.8, 4.4)
     for axis, (what, title) in zip(axes[0], panels.items()):
-        names = sorted(columns[what], key=lambda name: int(name.split()[1]))
+        names = sorted(columns[what], key=level_of)
         for k, name in enumerate(names):
-            look = {"color": shade(k, len(names)), "marker": MARKERS[k], "markersize": 5}
+            look = {"color": shade(k, len(names)), "marker": MARKERS[k % 8], "markersize": 5}
             lines = [rows for rows in traces if name in rows[0]]
             for i, rows in enumerate(lines):
-                label = "" if i else f"level {name.split()[1]}"
+                label = "" if i else f"level {level_of(name)}"
                 axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=label, **look)
             # what an untrained network gets
             first = np.mean([rows[0][name] for rows in lines])
@@ -629,6 +637,8 @@ def draw_contrast(rows):
     """The figure of contrast.png: a panel for every grammar size, a line for every target."""
     colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
     sizes = group([row for row in rows if row["contrast"] > 0], "v", "s", "m", "zipf", "L")
+    if not sizes:
+        return None
     figure, axes = new_figure(len(sizes), 1, 7, 4.8)
     figure.subplots_adjust(hspace=0.45)
     for axis, (size, lines) in zip(axes[:, 0], sizes.items()):
@@ -637,7 +647,7 @@ def draw_contrast(rows):
             line = sorted(line, key=lambda row: row["level"])
             levels, contrast = [row["level"] for row in line], [row["contrast"] for row in line]
             name = NAMES.get(target, target)
-            style = {"color": colours[target], "marker": MARKERS[k], "linewidth": 2}
+            style = {"color": colours[target], "marker": MARKERS[k % 8], "linewidth": 2}
             axis.plot(levels, contrast, **style)
             ends.append((levels[-1], contrast[-1], name, style))
             if len(levels) > 1:
@@ -745,19 +755,15 @@ def main():
     names = parser.parse_args().out
     try:
         for picture in draw(*names):
-            print(f"wrote {picture}")
+            print(f"wrote {picture}", flush=True)
     except ValueError as error:
         parser.error(f"argument out: {error}")
 
 
 def run_script():
     """What ends main from outside gives one line and no traceback."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
     try:
         main()
-        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nplot.py: stopped", file=sys.stderr)
         raise SystemExit(130) from None
