@@ -35,7 +35,7 @@ COLOURS = {"latent": "#005a9c", "token": "#d55e00", "root": "#000000", "joint": 
 SPARE_COLOURS = ("#aa3377", "#e6b000", "#7fb8e8", "#7a6a53", "#999999")
 LINES = {"cluster": ("-", "o"), "predictor": ("--", "s"), "data2vec": (":", "^")}
 SPARE_LINES = (("-.", "D"), ("-.", "v"), ("-.", "P"), ("-.", "X"))
-MARKERS = "osD^vPX*" * 8
+MARKERS = "osD^vPX*"
 NAMES = {"latent": "own latents", "token": "tokens", "root": "labels", "joint": "joint"}
 PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}  # its methods: our learners
 
@@ -71,8 +71,11 @@ STYLE = {
 
 
 def whole(low, high):
+    """A reader of whole numbers from low to high; raises ValueError, as all readers here."""
+
     def read(text):
-        if not (text.isascii() and text.isdigit() and len(text) < 16 and low <= int(text) <= high):
+        digits = text.isascii() and text.isdigit() and len(text) < 16
+        if not (digits and low <= int(text) <= high):
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
@@ -83,6 +86,7 @@ def real(low, high, empty=None):
     """A reader of numbers; an empty cell, where it may be, is the value of empty."""
 
     def read(text):
+        # without a default an empty cell is not a number
         if not text and empty is not None:
             return empty
         try:
@@ -97,6 +101,8 @@ def real(low, high, empty=None):
 
 
 def matching(pattern):
+    """A reader of text that matches a pattern from end to end."""
+
     def read(text):
         if not re.fullmatch(pattern, text):
             raise ValueError("is nothing that our scripts write there")
@@ -142,6 +148,7 @@ def read(path):
     """A CSV file -> its kind, by its columns, and its rows as dictionaries of checked values.
 
     Raises ValueError, of one line that names the file and the line in it."""
+    # all at once: a file that is being written must not change under us
     try:
         text = path.read_bytes().decode()
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -149,6 +156,8 @@ def read(path):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be read ({reason})") from None
+
+    # the columns say what it is
     header = table.fieldnames or []
     kind = next((kind for kind, needs in KINDS.items() if set(needs) <= set(header)), None)
     if kind is None or not lines:
@@ -156,9 +165,12 @@ def read(path):
     if not text.endswith("\n"):
         raise ValueError(f"{path}: is cut off in its last line")
 
-    readers = {name: READERS[name] for name in KINDS[kind] + MAY_BE_MISSING if name in READERS}
-    levels = [name for name in header if re.fullmatch(r"[a-z]+ \d", name)]
-    readers |= {name: float for name in levels}  # of a trace; nan is a gap in its line
+    # only columns that are drawn are checked; a trace has some for every level, "unseen 3"
+    needs = KINDS[kind] + MAY_BE_MISSING
+    readers = {name: READERS[name] for name in needs if name in READERS}
+    levels = [name for name in header if re.fullmatch(r"[a-z]+ \d+", name)]
+    readers |= {name: float for name in levels}  # nan is a gap in its line
+
     rows = []
     for number, row in lines:
         if None in row or None in row.values():
@@ -240,6 +252,7 @@ def shade(k, n):
 
 def spread(heights, gap):
     """Ascending heights, moved as little as possible (least squares) to be a gap apart."""
+    # less i gaps they must only not fall: what falls is pooled and gets its mean
     blocks = []
     for i, height in enumerate(heights):
         blocks.append([height - i * gap])
@@ -255,33 +268,37 @@ def label_ends(axis, ends, gap):
 
     ends: (x, y, name, style) of the last point of every line. A line that reaches the right side
     is led to its name."""
-    right = axis.get_xlim()[1]
-    heights = axis.get_ylim()  # both fixed from here on
-    axis.set(xlim=axis.get_xlim(), ylim=heights)
-    low, high = np.log(heights)
-    ends = sorted(ends, key=lambda one: one[1])
+    # limits are fixed first: places are fractions of the panel
+    left, right = axis.set_xlim(axis.get_xlim())
+    low, high = np.log(axis.set_ylim(axis.get_ylim()))
+    ends = sorted(ends, key=lambda end: end[1])
     wanted = [(math.log(y) - low) / (high - low) for _, y, *_ in ends]
     panel = {"transform": axis.transAxes, "clip_on": False}
     for (x, y, name, style), start, place in zip(ends, wanted, spread(wanted, gap)):
         if right - x < 0.5:
-            axis.plot([1, 1.03], [start, place], color="0.75", linewidth=0.8, **panel)
-        axis.plot([1.04, 1.08, 1.12], [place] * 3, markevery=[1], **panel, **style)
-        axis.text(1.135, place, name, va="center", **panel)
+            lead = [(x - left) / (right - left) + 0.013, 1.03]
+            axis.plot(lead, [start, place], color="0.75", linewidth=0.8, zorder=0, **panel)
+        axis.plot([1.04, 1.085, 1.13], [place] * 3, markevery=[1], **panel, **style)
+        axis.text(1.145, place, name, va="center", **panel)
 
 
 # --------------------------------------------------------------------------------------------------
 # samples_vs_depth.png
 
 
-def read_cells(rows, prefix):
-    """The rows of one method -> its cells by depth, of P50 or root_P50; none for what was not run."""
+def cells_of(rows, prefix):
+    """The rows of one method -> its cells by depth, of P50 or root_P50, except what was not run."""
     cells = {}
     for row in rows:
         sign, P = row[prefix + "P50"]
         if not sign or row["status"] == "not run":
             continue
+
+        # old files have no interval for a bound, and none may exclude its own number
         ends = row[prefix + "P50_lo"], row[prefix + "P50_hi"]
         low, high = np.nanmin([P, *ends]), np.nanmax([P, *ends])
+
+        # the state says why there is only a bound; it is empty for a number
         state = ""
         if prefix and row["root_floor"] > 0.5:
             state = "untrained"
@@ -300,12 +317,15 @@ def growth(cells, m):
     cells = [cell for cell in cells if cell["L"] >= 3]
     if len(cells) < 2 or any(cell["state"] or cell["seeds"] < 2 for cell in cells):
         return None
+
+    # the slope is a weighted sum of ln P*, so its error is one of theirs
     L = np.array([cell["L"] for cell in cells], float)
     weight = (L - L.mean()) / ((L - L.mean()) ** 2).sum()
     slope = weight @ np.log([cell["P"] for cell in cells])
     half = np.log([cell["high"] / cell["low"] for cell in cells]) / 2
     error = np.sqrt((weight**2) @ (half**2))
 
+    # sqrt(m) lies between the two laws, which are a factor of 1 and of m a level
     law = math.log(m)
     if slope < law / 4 and slope + error < law / 2:
         return "is flat"
@@ -318,9 +338,12 @@ def growth(cells, m):
 
 def conclusion(curves, m):
     """What the known cells say of every target, or of single methods where they differ."""
+    # {target: {method: verdict}}
     verdicts = {}
     for method, cells in curves.items():
         verdicts.setdefault(parts(method)[1], {})[method] = growth(cells, m)
+
+    # {verdict: names}; a target of which all learners say the same stands for them
     said = {}
     for target, found in verdicts.items():
         if len(set(found.values())) == 1 and target in NAMES:
@@ -328,7 +351,11 @@ def conclusion(curves, m):
         for name, verdict in found.items():
             said.setdefault(verdict, []).append(name)
     said.pop(None, None)
-    words = [f"{verdict} for {', '.join(names)}" for verdict, names in sorted(said.items())[::-1]]
+
+    words = []
+    for verdict, names in sorted(said.items(), reverse=True):
+        many = f"{len(names)} methods" if len(names) > 5 else ", ".join(names)
+        words.append(f"{verdict} for {many}")
     return f"From L = 3 on, P* {'; '.join(words)}" if words else "Samples needed against depth"
 
 
@@ -342,9 +369,9 @@ def panels_of(rows):
         for row in lines:
             variants.setdefault(parts(row["method"])[2] if many else "", []).append(row)
         for variant, part in variants.items():
-            for prefix, what in (("", "level L\u22121"), ("root_", "root, by a probe of it")):
+            for prefix, what in (("", "level L\u22121"), ("root_", "root, read by a probe")):
                 methods = group(part, "method").items()
-                curves = {method: read_cells(own, prefix) for (method,), own in methods}
+                curves = {method: cells_of(own, prefix) for (method,), own in methods}
                 curves = {method: cells for method, cells in curves.items() if cells}
                 title = f"{what}: {describe(*size)} {variant}"
                 if curves:
@@ -357,6 +384,7 @@ def line_styles(methods, targets, learners):
     styles, alike = {}, {}
     for method in methods:
         learner, target, _ = parts(method)
+        # the first is full, those after it are mixed with white
         number = alike[learner, target] = alike.get((learner, target), -1) + 1
         keep = 1 / (1 + 0.7 * number)
         rgb = [int(targets[target][i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -373,29 +401,56 @@ def draw_line(axis, cells, shift, style):
     P = [cell["P"] for cell in cells]
     known = [math.nan if cell["state"] else cell["P"] for cell in cells]
     colour = style["color"]
+    # a thin line leads to bounds, the full one joins numbers alone
     axis.plot(x, P, color=colour, linewidth=0.8, alpha=0.5)
     axis.plot(x, known, **style)
+    look = {"color": colour, "fontsize": 13, "weight": "bold", "ha": "center", "va": "center"}
     for cell, x in zip(cells, x):
-        if not cell["state"]:
-            if cell["seeds"] > 1:
-                axis.plot([x, x], [cell["low"], cell["high"]], color=colour, linewidth=1.2)
-            continue
-        axis.plot(x, cell["P"], **style | {"markerfacecolor": "white"})
-        offset = 0, -12 if cell["state"] == "below Pmin" else 12
-        look = {"color": colour, "fontsize": 13, "weight": "bold", "ha": "center", "va": "center"}
-        sign = SIGNS[cell["state"]][0]
-        axis.annotate(sign, (x, cell["P"]), offset, textcoords="offset points", **look)
+        state = cell["state"]
+        if state:
+            axis.plot(x, cell["P"], **style | {"markerfacecolor": "white"})
+            points = 0, -12 if state == "below Pmin" else 12
+            place = {"xy": (x, cell["P"]), "xytext": points, "textcoords": "offset points"}
+            axis.annotate(SIGNS[state][0], **place, **look)
+        elif cell["seeds"] > 1:
+            axis.plot([x, x], [cell["low"], cell["high"]], color=colour, linewidth=1.2)
+
+
+def draw_lines(axis, curves, styles):
+    """All methods of a panel, a little apart so that no bar hides another; returns their ends."""
+    ends = []
+    apart = min(0.05, 0.4 / len(curves))
+    for i, (method, cells) in enumerate(curves.items()):
+        shift = apart * (i - (len(curves) - 1) / 2)
+        draw_line(axis, cells, shift, styles[method])
+        ends.append((cells[-1]["L"] + shift, cells[-1]["P"], method, styles[method]))
+    return ends
+
+
+def draw_laws(axis, size, depths, low, high):
+    """The laws as guides, except those that end outside of low..high; returns their ends."""
+    v, s, m, zipf = size
+    ends = []
+    for name, power in POWERS.items():
+        law = [v * m ** power(L) for L in depths]
+        guide = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
+        if low < law[-1] < high:
+            axis.plot(depths, law, **guide)
+            ends.append((depths[-1], law[-1], f"${name}$", guide))
+    return ends
 
 
 def notes_on(cells):
     """What bars and signs mean, for those that occur."""
     seeds = sorted({cell["seeds"] for cell in cells})
-    notes = [f"bars: 95 % intervals over {seeds[0]} to {seeds[-1]} seeds"]
+    several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+    notes = [f"bars: 95 % intervals, {several} seeds"]
     if seeds[0] < 2:
         notes.append("no bar: one seed")
     states = {cell["state"] for cell in cells}
-    notes += [f"{sign} {words}" for state, (sign, words) in SIGNS.items() if state in states]
-    return textwrap.fill("     ".join(notes), 95)
+    notes += [f"open, {sign}: {words}" for state, (sign, words) in SIGNS.items() if state in states]
+    unbroken = [note.replace(" ", "\u00a0") for note in notes]
+    return textwrap.fill(";  ".join(unbroken), 90)
 
 
 def draw_depth(rows):
@@ -403,34 +458,25 @@ def draw_depth(rows):
     panels = panels_of(rows)
     if not panels:
         return None
+
+    # one style for a name in all panels
     split = [parts(row["method"]) for row in rows]
     learners = with_spare(LINES, SPARE_LINES, [learner for learner, _, _ in split])
     targets = with_spare(COLOURS, SPARE_COLOURS, [target for _, target, _ in split])
+
     cells = [cell for *_, curves in panels for line in curves.values() for cell in line]
     low, high = min(cell["low"] for cell in cells), max(cell["high"] for cell in cells)
     depths = sorted({row["L"] for row in rows})
-
-    most = max(len(curves) for *_, curves in panels) + len(POWERS)
-    height = max(4.6, 0.27 * most)
+    # a panel is as high as its names need
+    height = max(4.6, 0.27 * (len(POWERS) + max(len(curves) for *_, curves in panels)))
     figure, axes = new_figure(len(panels), 1, 8, height + 1.1)
     figure.subplots_adjust(hspace=1.3 / height)
     for axis, (size, title, curves) in zip(axes[:, 0], panels):
-        v, s, m, _ = size
         axis.set(yscale="log", xticks=depths, xlim=(depths[0] - 0.25, depths[-1] + 0.25))
         axis.set(xlabel="depth L", ylabel="P*, training strings")
-        axis.set_title(f"{textwrap.fill(conclusion(curves, m), 85)}\n{title}")
-        ends = []
-        for name, power in POWERS.items():
-            law = [v * m ** power(L) for L in depths]
-            guide = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
-            if low / 30 < law[-1] < high * 30:
-                axis.plot(depths, law, **guide)
-                ends.append((depths[-1], law[-1], f"${name}$", guide))
-        styles = line_styles(curves, targets, learners)
-        for i, (method, line) in enumerate(curves.items()):
-            shift = 0.05 * (i - (len(curves) - 1) / 2)  # so that no bar hides another
-            draw_line(axis, line, shift, styles[method])
-            ends.append((line[-1]["L"] + shift, line[-1]["P"], method, styles[method]))
+        axis.set_title(f"{textwrap.fill(conclusion(curves, size[2]), 85)}\n{title}")
+        ends = draw_laws(axis, size, depths, low / 30, high * 30)
+        ends += draw_lines(axis, curves, line_styles(curves, targets, learners))
         axis.set_ylim(min(axis.get_ylim()[0], low / 2), max(axis.get_ylim()[1], high * 2))
         label_ends(axis, ends, 0.26 / height)
     axis.text(0, -0.85 / height, notes_on(cells), transform=axis.transAxes, va="top", fontsize=11)
@@ -472,17 +518,18 @@ def spread_over_m(stars, power):
 def draw_ladders(axis, rows, several, scale, theirs):
     """Accuracy against P / scale(m), a line for every m and seed, and a star for the paper's P*."""
     for k, m in enumerate(several):
-        look = {"color": shade(k, len(several)), "marker": MARKERS[k], "markersize": 4}
+        look = {"color": shade(k, len(several)), "marker": MARKERS[k % 8], "markersize": 4}
         label = f"m={m}"
         for seed in group(rows, "seed"):
             found = {r["P"]: r["accuracy"] for r in rows if (r["m"], (r["seed"],)) == (m, seed)}
             x = [P / scale(m) for P in sorted(found)]
             axis.plot(x, [found[P] for P in sorted(found)], **look, linewidth=1.2, label=label)
             label = None
-        if m in theirs:
-            label = "paper's P*" if m == min(theirs) else None
-            look |= {"marker": "*", "markersize": 15, "markeredgecolor": "black", "zorder": 5}
-            axis.plot(theirs[m] / scale(m), 0.5, **look, linestyle="", label=label)
+    for m in sorted(set(several) & set(theirs)):
+        label = None if m > min(theirs) else "paper's P*"
+        look = {"color": shade(several.index(m), len(several)), "marker": "*", "markersize": 15}
+        look |= {"markeredgecolor": "black", "zorder": 5, "linestyle": "", "label": label}
+        axis.plot(theirs[m] / scale(m), 0.5, **look)
     axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xscale="log", ylim=(-0.02, 1.05))
 
@@ -493,12 +540,14 @@ def draw_collapse(runs, depth, paper):
     if not groups:
         return None
     figure, axes = new_figure(len(groups), 3, 4, 3.2)
-    figure.subplots_adjust(wspace=0.1, hspace=0.55)
+    figure.subplots_adjust(wspace=0.1, hspace=0.7)
     best = []
     for line, (key, rows) in zip(axes, groups.items()):
         method, v, s, zipf, L = key
         several = sorted({row["m"] for row in rows})
         ours, theirs = stars_of(key, depth, paper)
+
+        # P as it is, over the law of own latents, and over the method's own law or the tokens'
         other = OWN_LAW.get(parts(method)[1], "v\\,m^{L+1}")
         for axis, law in zip(line, ("", "v\\,m^3", other)):
             power = POWERS[law](L) if law else 0
@@ -517,7 +566,7 @@ def draw_collapse(runs, depth, paper):
     title = "Accuracy against training strings, for every m"
     if best:
         title = f"Lines of all m fall together best, by the spread of ln P*: {', '.join(best)}"
-    axes[0, 0].text(0, 1.3, textwrap.fill(title, 100), transform=axes[0, 0].transAxes, fontsize=13)
+    axes[0, 0].text(0, 1.4, textwrap.fill(title, 100), transform=axes[0, 0].transAxes, fontsize=13)
     return figure
 
 
@@ -525,10 +574,16 @@ def draw_collapse(runs, depth, paper):
 # phases.png
 
 
+def level_of(column):
+    """"unseen 3" -> 3"""
+    return int(column.split()[1])
+
+
 def one_after_the_other(rows, what):
     """Whether accuracies reach 0.5 in the order of their levels, and two of them do."""
     reached = []
-    for column in sorted(name for name in rows[0] if name.startswith(what)):
+    columns = [name for name in rows[0] if name.startswith(f"{what} ")]
+    for column in sorted(columns, key=level_of):
         reached.append(next((row["step"] for row in rows if row[column] >= 0.5), math.inf))
     finite = [step for step in reached if step < math.inf]
     return len(finite) > 1 and reached == sorted(reached) and len(set(finite)) == len(finite)
@@ -536,31 +591,38 @@ def one_after_the_other(rows, what):
 
 def draw_phases(kind, traces):
     """The figure of phases.png, from traces of one learner: a colour a level, a line a run."""
-    left, right = {"data2vec": ("unseen", "synonyms"), "predictor": ("accuracy", "prediction")}[kind]
-    titles = {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score, best map",
-              "accuracy": "accuracy", "prediction": "prediction loss"}
+    panels = {
+        "data2vec": {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score"},
+        "predictor": {"accuracy": "accuracy", "prediction": "prediction loss"},
+    }[kind]
+
+    # {"unseen": {"unseen 1", ...}}: traces may differ in depth
     columns = {}
     for name in [name for rows in traces for name in rows[0]]:
-        columns.setdefault(name.split(" ")[0], {})[name] = None
+        columns.setdefault(name.split(" ")[0], set()).add(name)
     figure, axes = new_figure(1, 2, 5.8, 4.4)
-    for axis, what in zip(axes[0], (left, right)):
-        names = sorted(columns[what])
+    for axis, (what, title) in zip(axes[0], panels.items()):
+        names = sorted(columns[what], key=level_of)
         for k, name in enumerate(names):
-            look = {"color": shade(k, len(names)), "marker": MARKERS[k], "markersize": 5}
+            look = {"color": shade(k, len(names)), "marker": MARKERS[k % 8], "markersize": 5}
             lines = [rows for rows in traces if name in rows[0]]
             for i, rows in enumerate(lines):
-                label = "" if i else f"level {name.split()[1]}"
+                label = "" if i else f"level {level_of(name)}"
                 axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=label, **look)
+            # what an untrained network gets
             first = np.mean([rows[0][name] for rows in lines])
             axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
-        axis.set(xlabel="step", title=titles[what])
+        axis.set(xlabel="step", title=title)
+
+    # the highest level on top, as in the tree
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
     axis.text(1.04, 0, "dotted:\nfirst step", transform=axis.transAxes)
     axes[0, 0].set_ylim(-0.02, 1.05)
 
     title = "When each level is learned"
-    if all(one_after_the_other(rows, left) for rows in traces):
+    accuracy = next(iter(panels))
+    if all(one_after_the_other(rows, accuracy) for rows in traces):
         title = "Levels are learned one after the other, from the tokens up"
     title += f" ({kind}, {len(traces)} run{'s' * (len(traces) > 1)})"
     axes[0, 0].text(0, 1.14, title, transform=axes[0, 0].transAxes, fontsize=13)
@@ -575,6 +637,8 @@ def draw_contrast(rows):
     """The figure of contrast.png: a panel for every grammar size, a line for every target."""
     colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
     sizes = group([row for row in rows if row["contrast"] > 0], "v", "s", "m", "zipf", "L")
+    if not sizes:
+        return None
     figure, axes = new_figure(len(sizes), 1, 7, 4.8)
     figure.subplots_adjust(hspace=0.45)
     for axis, (size, lines) in zip(axes[:, 0], sizes.items()):
@@ -583,12 +647,14 @@ def draw_contrast(rows):
             line = sorted(line, key=lambda row: row["level"])
             levels, contrast = [row["level"] for row in line], [row["contrast"] for row in line]
             name = NAMES.get(target, target)
-            style = {"color": colours[target], "marker": MARKERS[k], "linewidth": 2}
+            style = {"color": colours[target], "marker": MARKERS[k % 8], "linewidth": 2}
             axis.plot(levels, contrast, **style)
             ends.append((levels[-1], contrast[-1], name, style))
             if len(levels) > 1:
                 slope = np.polyfit(levels, np.log(contrast), 1)[0]
                 changes.append(f"{name} \u00d7{math.exp(slope):.2f}")
+
+        # 0.05, 0.1, 0.2 instead of powers of ten alone
         ticks = [a * 10.0**k for k in range(-6, 2) for a in (1, 2, 5)]
         axis.set(yscale="log", xticks=sorted({row["level"] for row in lines}))
         limits = axis.get_ylim()
@@ -606,7 +672,7 @@ def draw_contrast(rows):
 
 
 def plan(names):
-    """{path of a picture: (function that makes its figure, its arguments)}, all files checked."""
+    """{path of a picture: (function that makes its figure, its arguments)}, from checked files."""
     found = gather(names)
     paper = [row for kinds in found.values() for rows in kinds.get("paper", []) for row in rows]
     pictures = {}
@@ -614,7 +680,11 @@ def plan(names):
         depth = sum(kinds.get("depth", []), [])
         runs = sum(kinds.get("runs", []), [])
         if depth:
-            pictures[folder / "samples_vs_depth.png"] = draw_depth, (depth,)
+            # sizes with one depth are collapse.png's, where there is one
+            sizes = group(depth, "v", "s", "m", "zipf").values()
+            if collapse_groups(runs):
+                sizes = [rows for rows in sizes if len(group(rows, "L")) > 1]
+            pictures[folder / "samples_vs_depth.png"] = draw_depth, (sum(sizes, []),)
         if runs:
             pictures[folder / "collapse.png"] = draw_collapse, (runs, depth, paper)
         if "contrast" in kinds:
@@ -634,7 +704,9 @@ def draw(*names):
     and OSError if matplotlib is not there or a picture cannot be written. No picture is drawn
     before all files are checked, and none is written before all are drawn."""
     pictures = plan(names)
-    os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has left there
+
+    # whatever the environment says, and with no word but our own
+    os.environ["MPLBACKEND"] = "agg"  # a notebook may have left another
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home without a cache is no news
     try:
         import matplotlib
@@ -642,6 +714,7 @@ def draw(*names):
         reason = str(error).split("\n")[0]
         raise OSError(f"matplotlib, which plot.py needs, cannot be imported: {reason}") from None
 
+    # a user's own style would change the bytes
     defaults = {name: x for name, x in matplotlib.rcParamsDefault.items() if name != "backend"}
     images = {}
     with matplotlib.rc_context(defaults | STYLE):
@@ -678,23 +751,19 @@ class Parser(argparse.ArgumentParser):
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
-    parser.add_argument("files", nargs="*", default=["out"], help="folders of sweeps, CSV files")
-    names = parser.parse_args().files
+    parser.add_argument("out", nargs="*", default=["out"], help="folders of sweeps, or CSV files")
+    names = parser.parse_args().out
     try:
         for picture in draw(*names):
-            print(f"wrote {picture}")
+            print(f"wrote {picture}", flush=True)
     except ValueError as error:
-        parser.error(f"argument files: {error}")
+        parser.error(f"argument out: {error}")
 
 
 def run_script():
     """What ends main from outside gives one line and no traceback."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
     try:
         main()
-        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nplot.py: stopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -702,7 +771,8 @@ def run_script():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        name = error.filename2 or error.filename
+        reason = f"{name}: {error.strerror}" if name else error
         print(f"plot.py: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -761,7 +762,7 @@ def test_best_of_several_maps_counts():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sweep.py and plot.py
+# sweep.py
 
 
 def test_crossing_on_a_known_curve():
@@ -902,16 +903,140 @@ def test_foreign_results_are_refused_and_left_alone(runs, settings, tmp_path, mo
     assert files(tmp_path) == before
 
 
-def test_plot_refuses_foreign_files(tmp_path):
-    (tmp_path / "samples_vs_depth.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="columns"):
-        plot.draw(tmp_path)
+# ----------------------------------------------------------------------------------------------------------------------
+# plot.py
+
+
+STARS = "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,root_P50,root_floor,seeds,status\n"
+STARS_OLD = "method,v,s,m,L,P50,P50_lo,P50_hi,P90,P50_over_vm3,seeds,censored\n"
+RUNS = "method,v,s,m,L,zipf,P,seed,level,accuracy\n"
+TRACE = "step,loss,unseen 1,unseen 2,synonyms 1,synonyms 2\n"
+ALL_CELLS = STARS + """\
+cluster-first,8,2,3,3,0,229,200,260,500,,,5,
+cluster-first,8,2,3,4,0,250,220,280,500,,,5,
+cluster-first,8,2,4,3,0,540,500,600,900,,,5,
+cluster-first,8,2,5,3,0,990,900,1100,2000,,,5,
+cluster-token,8,2,3,3,0,"> 4096",,,,,,5,beyond Pmax
+cluster-token,8,2,3,4,0,"> 4096",,,,,,5,not finished
+mine-token,8,2,3,3,0,"< 16",,,,"> 512",0.6,1,below Pmin
+data2vec-token:mask=0.15:steps=8000,8,2,3,3,0,"> 4096",,,,,0.2,3,limited by steps
+data2vec-token,8,2,3,4,0,,,,,,,0,not run
+"""
+
+
+def stars(method, P, spread=1.05, seeds=5, state=""):
+    """Cells of one method at depths 3, 4, ..."""
+    return [{"L": L, "P": p, "low": p / spread, "high": p * spread, "state": state, "seeds": seeds}
+            for L, p in enumerate(P, 3)]
+
+
+def table(tmp_path, text, name="samples_vs_depth.csv"):
+    (tmp_path / name).write_text(text)
+    return plot.read(tmp_path / name)
+
+
+def test_verdicts_on_growth_are_those_of_known_cells():
+    assert plot.growth(stars("", [200, 210, 190]), 3) == "is flat"
+    assert plot.growth(stars("", [200, 600, 1800]), 3) == "grows by about m a level"
+    assert plot.growth(stars("", [200, 330, 550]), 3) == "grows"
+    assert plot.growth(stars("", [200, 210, 190], spread=4), 3) is None  # may be anything
+    assert plot.growth(stars("", [200, 210], seeds=1), 3) is None
+    assert plot.growth(stars("", [200, 210]) + stars("", [4096], state="beyond Pmax"), 3) is None
+
+    flat, steep = stars("", [200, 200, 200]), stars("", [200, 600, 1800])
+    title = plot.conclusion({"cluster": flat, "predictor": flat, "cluster-token": steep}, 3)
+    assert title.endswith("is flat for own latents; grows by about m a level for tokens")
+    title = plot.conclusion({"cluster-token": steep, "data2vec-token": flat}, 3)
+    assert title.endswith("is flat for data2vec-token; grows by about m a level for cluster-token")
+    assert plot.conclusion({"cluster": flat[:1]}, 3) == "Samples needed against depth"
+
+
+def test_labels_move_as_little_as_possible():
+    assert plot.spread([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert plot.spread([0.5, 0.5, 0.5, 0.95], 0.1) == pytest.approx([0.4, 0.5, 0.6, 0.95])
+    assert plot.spread([0.0, 0.0, 0.05], 0.1) == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_spread_over_m_is_zero_for_its_law_alone():
+    found = {m: 5.0 * m**3 for m in (2, 4, 8)}
+    assert plot.spread_over_m(found, 3) == pytest.approx(0, abs=1e-12)
+    assert plot.spread_over_m(found, 2) == pytest.approx(np.std(np.log([2, 4, 8])))
+
+
+def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
+    kind, rows = table(tmp_path, ALL_CELLS)
+    panels = [panel for panel in plot.panels_of(rows) if panel[0] == (8, 2, 3, 0)]
+    tree, root = [curves for _, _, curves in panels]
+    assert kind == "depth" and list(root) == ["mine-token"]
+    assert list(tree) == ["cluster-first", "cluster-token", "mine-token",
+                          "data2vec-token:mask=0.15:steps=8000"]  # and none for what was not run
+    states = [cell["state"] for cells in tree.values() for cell in cells]
+    assert states == ["", "", "beyond Pmax", "not finished", "below Pmin", "limited by steps"]
+    colours = plot.with_spare(plot.COLOURS, plot.SPARE_COLOURS, ["first", "token", "second"])
+    assert len({colours[name] for name in ("first", "second", *plot.COLOURS)}) == 6
+
+    many = [dict(rows[0], method=f"a{i}{settings}") for i in range(5) for settings in ("", ":lr=1")]
+    titles = [title for _, title, _ in plot.panels_of(many)]
+    assert len(titles) == 2 and titles[1].endswith("lr=1")
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("samples_vs_depth.csv", "a,b\n1,2\n", "no table"),
+    ("samples_vs_depth.csv", STARS, "no rows"),
+    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,0,3,9,8,10,,,5,0\n", "line 2: m = '0'"),
+    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,nan,8,10,,,5,0\n", "P50 = 'nan'"),
+    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,-9,8,10,,,5,0\n", "P50 = '-9'"),
+    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,= 9,8,10,,,5,0\n", "P50 = '= 9'"),
+    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,9,8,10,,,5\n", "12 cells"),
+    ("samples_vs_depth.csv", STARS_OLD + "$x$,8,2,3,3,9,8,10,,,5,0\n", "method = '$x$'"),
+    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,99,9,8,10,,,5,0\n", "L = '99'"),
+    ("runs.csv", RUNS + "cluster,8,2,3,3,0,0,0,2,1.0\n", "P = '0'"),
+    ("runs.csv", RUNS + "cluster,8,2,3,3,0,8,0,2,1.5\n", "accuracy = '1.5'"),
+    ("trace.csv", TRACE + "1,.5,.1,.1,0,0\n9,.4,.9,.2", "cut off"),
+    ("trace.csv", TRACE + "1,.5,.1,.1,0,0\n9,.4,.9\n", "line 3: must have 6 cells"),
+    ("trace.csv", TRACE + "x,.5,.1,.1,0,0\n", "step = 'x'"),
+])
+def test_plot_checks_all_files_before_it_draws(name, text, said, tmp_path):
+    (tmp_path / "samples_vs_depth.csv").write_text(ALL_CELLS)
+    (tmp_path / name).write_text(text)
+    before = files(tmp_path)
+    with pytest.raises(ValueError) as error:
+        plot.draw(tmp_path, *tmp_path.glob("trace.csv"))
+    assert said in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    assert files(tmp_path) == before
+
+
+def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_path):
+    (tmp_path / "samples_vs_depth.csv").write_text(ALL_CELLS)
+    ladders = [f"cluster-first,8,2,{m},3,0,{P},0,2,{P > 400}\n" for m in (3, 4, 5) for P in (256, 512)]
+    ladders = "".join(ladders).replace("True", "1").replace("False", "0.1")
+    (tmp_path / "runs.csv").write_text(RUNS + ladders)
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    command = [sys.executable, str(HERE / "plot.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and done.stdout.count("wrote") == 2
+    first = files(tmp_path)
+    assert len(first) == 4
+    assert plot.draw(tmp_path) == [tmp_path / "samples_vs_depth.png", tmp_path / "collapse.png"]
+    assert files(tmp_path) == first
 
 
 def test_traces_become_one_picture(tmp_path, monkeypatch):
     for seed in range(2):
-        text = "step,loss,unseen 1,unseen 2,synonyms 1,synonyms 2\n1,.5,.1,.1,0,0\n9,.4,.9,.2,.8,.1\n"
-        (tmp_path / f"{seed}.csv").write_text(text)
+        (tmp_path / f"{seed}.csv").write_text(TRACE + "1,.5,.1,.1,0,0\n9,.4,.9,.2,.8,.1\n")
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
     plot.main()
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
+    in_order = [{"step": 1, "unseen 1": 0.6, "unseen 2": 0.1}, {"step": 2, "unseen 1": 0.6, "unseen 2": 0.7}]
+    assert plot.one_after_the_other(in_order, "unseen")
+    assert not plot.one_after_the_other(in_order[1:], "unseen")  # both at once
+
+
+def test_contrast_names_every_target_and_its_change(tmp_path):
+    rows = [f"8,2,3,4,0,5,{target},{l},{0.5**(l * (target == 'token'))},9\n"
+            for target in ("latent", "token", "other") for l in (1, 2, 3)]
+    kind, rows = table(tmp_path, "v,s,m,L,zipf,seeds,target,level,contrast,P\n" + "".join(rows), "contrast.csv")
+    axis, = plot.draw_contrast(rows).axes
+    names = [text.get_text() for text in axis.texts]
+    assert kind == "contrast" and sorted(names) == ["other", "own latents", "tokens"]
+    assert "tokens \u00d70.50" in axis.get_title().replace("\n", " ")
