@@ -1,31 +1,36 @@
 """
-The ground truth: the Random Hierarchy Model (RHM), a random context-free grammar on a fixed s-ary tree of depth L.
+The ground truth: the Random Hierarchy Model (RHM), a random context-free grammar on a
+fixed s-ary tree of depth L.
 
-    python grammar.py --depth 3                                   the rules, and one derivation drawn as a tree
-    python grammar.py --depth 4 --samples 1000 --save rhm.npz     strings, levels and rules for use elsewhere
-    python grammar.py --depth 6 --bench                           tokens per second
+    python grammar.py --depth 3                          the rules, and one derivation
+    python grammar.py --samples 1000 --save rhm.npz      strings, levels and rules
+    python grammar.py --depth 6 --contrast --seeds 20    why own latents win, in numbers
+    python grammar.py --depth 6 --bench                  tokens per second
 
-Level 0 is the visible string of s^L symbols, level L is the root; every level has v symbols. A symbol of level l+1
-has m production rules, each an s-tuple of level-l symbols, and no tuple has two parents. So v*m of the v^s tuples
-are used, a fraction f = m / v^(s-1). Two tuples with the same parent are *synonyms*: to learn the grammar is to
-group the v*m tuples of every level into v groups of synonyms.
+Level 0 is the visible string of s^L symbols, level L is the root; every level has v
+symbols. A symbol of level l+1 has m production rules, each an s-tuple of level-l symbols,
+and no tuple has two parents. So v*m of the v^s tuples are used, a fraction
+f = m / v^(s-1). Two tuples with the same parent are *synonyms*: to learn the grammar is
+to group the v*m tuples of every level into v groups of synonyms.
 
-From top to bottom: the grammar (rules, sampling, parsing), its exact population statistics, the score of recovered
-levels against the truth, and the few lines of command line that all scripts share.
-
-Measured by --bench on one core of a 2-core x86 virtual machine (numpy 2.4, v=8 s=2 m=4 L=6): 795 million tokens per
-second, 12 times the plain sampler of the same run (66 million), a 36th of a memory copy.
+From top to bottom: the grammar (rules, sampling, parsing, swaps), what an infinite sample
+would show, exact inference, the score, and what all scripts share.
 """
 
 import argparse
+import csv
 import difflib
 import errno
+import io
+import math
+import numbers
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import zipfile
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
@@ -33,395 +38,630 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-TABLE_BYTES = 2**20   # two levels share one look-up while its table stays in a core's cache
-CHUNK_TOKENS = 2**18  # tokens sampled at a time: small enough for the cache, large enough to hide numpy's overhead
-PROBE_STRINGS = 2048  # labelled fresh strings that a probe is trained on
-TEST_STRINGS = 4096   # other fresh strings, that every score is taken on
+CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
+TEST_STRINGS = 4096   # fresh strings, that every score is taken on
 RIDGE = 1e-3          # of the linear probe, on features of size about 1
 MEMORY = 2**34        # bytes: what would need more is refused before it starts
+TARGETS = ("latent", "token", "root", "joint")  # what a learner may predict
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the grammar
 
 
-@dataclass(frozen=True)
 class Grammar:
-    """The rules of one RHM: rules[l] is a (v, m, s) uint8 tensor; rules[l][a, j] is the j-th tuple of level-l symbols
-    that the level-(l+1) symbol a may turn into. Raises ValueError if v, s, m, L are out of range (see check_sizes)."""
+    """The rules of one RHM.
 
-    v: int
-    s: int
-    m: int
-    L: int
-    rules: list
+    rules: L arrays or tensors of whole numbers, rules[l] of shape (v, m, s): rules[l][a, j]
+    is the j-th tuple of level-l symbols that the level-(l+1) symbol a may turn into. Kept
+    as uint8 tensors. zipf: a symbol takes its rule j with a probability in proportion to
+    (j+1)^-zipf, so 0 makes all rules equally likely; p, (m,) float64, holds these.
+    Raises ValueError, naming the argument, unless all that fits together and no tuple
+    occurs twice in a level."""
 
-    def __post_init__(self):
-        check_sizes(self.v, self.s, self.m, self.L)
+    def __init__(self, v, s, m, L, rules, zipf=0.0):
+        check_sizes(v, s, m, L)
+        self.v, self.s, self.m, self.L = int(v), int(s), int(m), int(L)
+        if not isinstance(zipf, numbers.Real) or not 0 <= zipf <= 10:
+            raise ValueError(f"zipf: must be a number from 0 to 10, not {zipf!r:.20}")
+        self.zipf = float(zipf)
+        weight = torch.arange(1, self.m + 1).double() ** -self.zipf
+        self.p = weight / weight.sum()
+        try:
+            rules = list(rules)
+        except TypeError:
+            rules = []
+        if len(rules) != L:
+            raise ValueError(f"rules: there must be {L} levels of them, not {len(rules)}")
+        self.rules = [self._check_rules(l, rule) for l, rule in enumerate(rules)]
+
+    def _check_rules(self, l, rule):
+        """The rules of one level as our own uint8 tensor, or a ValueError."""
+        v, s, m = self.v, self.s, self.m
+        rule = whole_numbers("rules", rule)
+        if rule.shape != (v, m, s):
+            wanted = f"(v, m, s) = {(v, m, s)}"
+            raise ValueError(f"rules: level {l} must be {wanted}, not {tuple(rule.shape)}")
+        low, high = int(rule.min()), int(rule.max())
+        if low < 0 or high >= v:
+            raise ValueError(f"rules: level {l} must hold 0..{v - 1}, not {low}..{high}")
+        if len(tuple_codes(rule, v).unique()) < v * m:
+            raise ValueError(f"rules: level {l} has a tuple twice, so it is ambiguous")
+        return rule.to("cpu", torch.uint8, copy=True)
+
+    def __repr__(self):
+        sizes = f"v={self.v}, s={self.s}, m={self.m}, L={self.L}"
+        return f"Grammar({sizes}, zipf={self.zipf:g})"
 
     @staticmethod
-    def random(v, s, m, L, seed=0):
-        """Draw v*m distinct s-tuples for every level, uniformly, and deal them out to the v parents, m to each.
-
-        seed: int or tuple of ints. Never lists all v^s tuples when they are many."""
+    def random(v, s, m, L, seed=0, zipf=0.0):
+        """Draw v*m distinct s-tuples for every level, uniformly, and deal them out to the
+        v parents, m to each. seed: a whole number or a tuple of them."""
         check_sizes(v, s, m, L)
         rng = generator("rules", seed)
+        place = v ** np.arange(s)[::-1]
         rules = []
         for _ in range(L):
-            codes = rng.choice(v**s, size=v * m, replace=False)  # in random order, so dealing in turn is a fair split
-            tuples = codes[:, None] // v ** np.arange(s)[::-1] % v  # (v*m, s), the digits of the codes in base v
-            rules.append(torch.from_numpy(tuples.astype(np.uint8).reshape(v, m, s)))
-        return Grammar(v, s, m, L, rules)
+            # in random order, so that dealing in turn is a fair split
+            codes = rng.choice(v**s, size=v * m, replace=False)
+            tuples = codes[:, None] // place % v            # (v*m, s), the digits in base v
+            rules.append(tuples.astype(np.uint8).reshape(v, m, s))
+        return Grammar(v, s, m, L, rules, zipf)
+
+    @staticmethod
+    def load(file):
+        """The grammar in a file: what `--save` wrote, or an .npz of (v, m, s) arrays, the
+        rules that make the tokens first, or an .npy of shape (L, v, m, s).
+
+        Raises ValueError, naming load, unless that is a grammar; OSError if unreadable."""
+        try:
+            with open(file, "rb") as opened:
+                found = np.load(opened, allow_pickle=False)
+                arrays = dict(found) if hasattr(found, "files") else dict(enumerate(found))
+        except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile):
+            raise ValueError(f"load: {file} holds no arrays of rules") from None
+        zipf = arrays.pop("zipf", np.zeros(()))
+        names = [f"rules{l}" for l in range(len(arrays))]
+        rules = [arrays[name] for name in names if name in arrays] or list(arrays.values())
+        if not rules or rules[0].ndim != 3 or zipf.shape != ():
+            raise ValueError(f"load: {file} holds no (v, m, s) arrays of rules")
+        v, m, s = rules[0].shape
+        try:
+            return Grammar(v, s, m, len(rules), rules, zipf.item())
+        except ValueError as error:
+            raise ValueError(f"load: {file}: {error}") from None
 
     @property
     def f(self):
         """Fraction of the v^s tuples that have a parent."""
         return self.m / self.v ** (self.s - 1)
 
-    def sample(self, P, seed=0, device="cpu"):
-        """Sample P derivations: the root uniform, every symbol picks one of its m rules uniformly and independently.
+    def sample(self, P, seed=0, device="cpu", without=None):
+        """Sample P derivations: the root is uniform, and every symbol picks one of its
+        rules, independently.
 
-        Returns levels, a list of L+1 uint8 tensors on device: levels[l] has shape (P, s^(L-l)); levels[0] are the
-        strings, levels[L] the root labels. seed: int or tuple of ints; same seed, same strings on every device, and
-        the first P of a larger sample are the smaller sample. Raises ValueError if P < 1."""
-        if P < 1:
-            raise ValueError(f"P = {P}: at least 1 sample is needed")
+        without: a pair (l, j): no level-l symbol uses its rule j; the next rule has its
+        place. Returns levels, L+1 uint8 tensors on device, levels[l] of shape
+        (P, s^(L-l)): levels[0] are the strings, levels[L] the root labels. Same seed, same
+        strings on every device, and the first P of a larger sample are the smaller one.
+        Raises ValueError if P < 1, P is too large, or without names no rule or the only."""
+        check_whole("samples", P, 1)
+        check_memory("samples", strings_bytes(P, self.s, self.L), "the strings")
+        v, s, m, L = self.v, self.s, self.m, self.L
+        rules = [rule.numpy().copy() for rule in self.rules]
+        if without is not None:
+            l, j = without
+            check_whole("without: l", l, 1, L)
+            check_whole("without: j", j, 0, m - 1)
+            if m == 1:
+                raise ValueError("m: must be 2 or more to do without a rule")
+            rules[l - 1][:, j] = rules[l - 1][:, (j + 1) % m]
         rng = generator("strings", seed)
-        levels = [np.empty((P, self.s ** (self.L - l)), np.uint8) for l in range(self.L + 1)]
-        tables = self._tables()
-        chunk = max(1, CHUNK_TOKENS // self.s**self.L)
-        for start in range(0, P, chunk):
-            rows = slice(start, min(start + chunk, P))
-            n = rows.stop - rows.start
-            h = rng.integers(self.v, size=(chunk, 1), dtype=np.uint8)  # whole chunks, so that samples are nested
-            levels[self.L][rows] = h[:n]
-            for lowest, expansions in tables:
-                choices = len(expansions[0]) // self.v
-                row = np.promote_types(np.min_scalar_type(self.v * choices), np.uint16)  # the narrowest fast integer
-                pick = rng.integers(choices, size=h.shape, dtype=row) + h.astype(row) * row.type(choices)
-                for level, table in zip(range(lowest + len(expansions) - 1, lowest - 1, -1), expansions):
-                    h = table.take(pick, axis=0).reshape(chunk, -1)
-                    levels[level][rows] = h[:n]
-        return [torch.from_numpy(h).to(device) for h in levels]
+        pick = self._picker(rng)
+        chunk = max(1, CHUNK_TOKENS // s**L)
+        rows = math.ceil(P / chunk) * chunk  # whole chunks are drawn: samples are nested
+        levels = [np.empty((rows, s ** (L - l)), np.uint8) for l in range(L + 1)]
+        byte = np.min_scalar_type(v * m - 1).type  # the narrowest that numbers all rules
+        for start in range(0, rows, chunk):
+            part = [level[start : start + chunk] for level in levels]
+            part[L][:] = rng.integers(v, size=(chunk, 1), dtype=np.uint8)
+            for l in reversed(range(L)):
+                rule = part[l + 1] * byte(m) + pick(part[l + 1].shape)
+                tuples = rules[l].reshape(v * m, s)
+                # clip promises that no index is checked: the tuples go straight to out
+                out = part[l].reshape(*rule.shape, s)
+                tuples.take(rule, axis=0, out=out, mode="clip")
+        return [torch.from_numpy(level[:P]).to(device) for level in levels]
 
-    def _tables(self):
-        """What the sampler looks up, from the root down: (lowest level written, tables), each table of v * choices
-        rows, one for every way to expand a symbol through one level, or through two: two levels in one look-up
-        need fewer random numbers and less traffic."""
-        rules = [rule.numpy() for rule in self.rules]
-        choices = self.m ** (1 + self.s)
-        if self.v * choices * self.s**2 > TABLE_BYTES:
-            return [(l, [rules[l].reshape(-1, self.s)]) for l in reversed(range(self.L))]
-        tables = [(self.L - 1, [rules[-1].reshape(-1, self.s)])] if self.L % 2 else []
-        j = np.indices((self.m,) * (1 + self.s)).reshape(1 + self.s, choices)  # one for the symbol and its children
-        for l in reversed(range(0, self.L - 1, 2)):
-            middle = rules[l + 1][:, j[0]].reshape(-1, self.s)  # (v * choices, s)
-            leaves = rules[l][middle, np.tile(j[1:].T, (self.v, 1))]  # (v * choices, s, s)
-            tables.append((l, [middle, leaves.reshape(-1, self.s**2)]))
-        return tables
+    def _picker(self, rng):
+        """A function from a shape to the rules 0..m-1 that so many symbols pick."""
+        m, k = self.m, 1
+        byte = np.min_scalar_type(self.v * m - 1)
+        if self.zipf:
+            steps = self.p.cumsum(0)[:-1].numpy()
+            return lambda shape: np.searchsorted(steps, rng.random(shape), "right").astype(byte)
+        # random numbers are the slow part: one below m^k holds k picks, its digits
+        while m ** (2 * k) <= 2**14 and k < 8:
+            k *= 2
+        digits = np.stack(np.unravel_index(np.arange(m**k), (m,) * k), 1).astype(byte)
+        several = np.min_scalar_type(m**k - 1)
+
+        def pick(shape):
+            size = math.prod(shape)
+            drawn = rng.integers(m**k, size=math.ceil(size / k), dtype=several)
+            return digits.take(drawn, axis=0).reshape(-1)[:size].reshape(shape)
+
+        return pick
 
     def parse(self, x):
-        """Invert sample: x, an integer tensor (P, s^L) of strings, gives levels as above, on x's device.
+        """Invert sample: integer strings (P, s^L) give levels as above, on x's device.
 
-        Raises ValueError naming the first string, level and position that no rule of this grammar explains."""
+        Raises ValueError naming the first string, level and position that no rule of this
+        grammar explains."""
+        x = whole_numbers("x", x)
         if x.ndim != 2 or x.shape[1] != self.s**self.L:
-            raise ValueError(f"strings must have shape (P, s^L) = (P, {self.s**self.L}), not {tuple(x.shape)}")
-        wrong = ((x < 0) | (x > self.v - 1)).nonzero()  # not >= v: 256 wraps to 0 in uint8
+            wanted = f"(P, s^L) = (P, {self.s**self.L})"
+            raise ValueError(f"x: the shape must be {wanted}, not {tuple(x.shape)}")
+        wrong = ((x < 0) | (x > self.v - 1)).nonzero()  # 256 would wrap to 0 in uint8
         if len(wrong):
             p, t = wrong[0].tolist()
-            raise ValueError(f"string {p}, level 0, position {t}: {x[p, t]} is not a symbol (0 to v-1 = {self.v - 1})")
-        levels = [x.to(torch.uint8)]
+            where = f"string {p}, level 0, position {t}"
+            raise ValueError(f"x: {where}: {x[p, t]} is not a symbol, 0 to {self.v - 1}")
+        levels = [x.to(torch.uint8, copy=True)]
         for l in range(self.L):
-            codes, order = tuple_codes(self.rules[l].to(x.device).reshape(-1, self.s), self.v).sort()
-            code = tuple_codes(levels[l].reshape(len(x), -1, self.s), self.v)  # (P, s^(L-l-1))
+            rules = self.rules[l].to(x.device).flatten(0, 1)            # (v m, s)
+            codes, order = tuple_codes(rules, self.v).sort()
+            code = tuple_codes(levels[l].unflatten(1, (-1, self.s)), self.v)
             place = torch.searchsorted(codes, code).clamp(max=len(codes) - 1)
             wrong = (codes[place] != code).nonzero()
             if len(wrong):
                 p, t = wrong[0].tolist()
                 tuple_ = levels[l][p, t * self.s : (t + 1) * self.s].tolist()
-                raise ValueError(f"string {p}, level {l}, position {t * self.s}: no rule gives the tuple {tuple_}")
+                where = f"string {p}, level {l}, position {t * self.s}"
+                raise ValueError(f"x: {where}: no rule gives the tuple {tuple_}")
             levels.append((order[place] // self.m).to(torch.uint8))
         return levels
 
     def swap(self, levels, l, kind, seed=0):
-        """Replace, in every string, the level-(l-1) tuple under one random level-l node by another valid tuple, and
-        resample all below it consistently. The two kinds of swap of the paper's synonym score (Figs. 5, 13):
+        """Replace, in every string, the level-(l-1) tuple under one random level-l node by
+        another valid one, and resample all below it. The paper's figures 5 and 13 use:
 
-        "synonym": one of the m-1 other rules of the same symbol, so that no latent from level l up changes;
-        "generic": any of the v*m-1 other tuples, whose parent then stands at that node: levels above l are left as they
-        are, though the string may have no derivation any more.
-        levels: as sample returns them; l: 1..L. Returns (swapped, node): swapped like levels, new tensors; node, (P,)
-        int64, the level-l node of every string. Same seed, same nodes for both kinds.
-        Raises ValueError if l or kind is out of range, or m = 1 leaves no synonym."""
-        if not 1 <= l <= self.L or kind not in ("synonym", "generic"):
-            raise ValueError(f"l = {l}, kind = {kind!r}: allowed are 1 to L = {self.L}, and 'synonym' or 'generic'")
+        "synonym": another rule of the same symbol: no latent from level l up changes;
+        "generic": any other tuple, whose parent then stands at that node; levels above l
+        stay as they are, though the string may have no derivation any more.
+        levels: as sample returns them; l: 1..L. Returns (swapped, node): swapped like
+        levels, new tensors; node, (P,) int64, the level-l node of every string. Same seed,
+        same nodes for both kinds. Raises ValueError if l or kind is out of range, or m = 1
+        leaves no synonym."""
+        check_whole("l", l, 1, self.L)
+        if kind not in ("synonym", "generic"):
+            raise ValueError(f"kind: must be synonym or generic, not {kind!r:.20}")
         if kind == "synonym" and self.m == 1:
-            raise ValueError("m = 1: a symbol with a single rule has no synonyms")
-        rng, device, s, m = generator("swap", seed), levels[0].device, self.s, self.m
-        P, rows = len(levels[0]), torch.arange(len(levels[0]), device=levels[0].device)
+            raise ValueError("m: must be 2 or more, a single rule has no synonyms")
+        rng, s, m, P = generator("swap", seed), self.s, self.m, len(levels[0])
+        pick = self._picker(rng)
+        device, each = levels[0].device, np.arange(P)
+        rules = [rule.numpy() for rule in self.rules]
+        swapped = [level.cpu().numpy().copy() for level in levels]
 
-        def draw(low, high, shape):
-            return torch.from_numpy(rng.integers(low, high, size=shape)).to(device)
+        # the tuple that stands there now, as a number below v m
+        node = rng.integers(s ** (self.L - l), size=P)
+        tuples = rules[l - 1].reshape(-1, s)                # (v m, s)
+        there = swapped[l - 1].reshape(P, -1, s)[each, node]
+        old = (there[:, None] == tuples).all(2).argmax(1)   # (P,)
 
-        node = draw(0, s ** (self.L - l), P)
-        swapped = [h.clone() for h in levels]
-        tuples = self.rules[l - 1].to(device).reshape(-1, s)  # (v m, s)
-        old = (levels[l - 1].unflatten(1, (-1, s))[rows, node][:, None] == tuples).all(2).int().argmax(1)  # (P,)
+        # another one in its place
+        p = self.p.numpy()
         if kind == "synonym":
-            new = old // m * m + (old + draw(1, m, P)) % m
+            new = old // m * m + draw_other(rng, p, old % m)
         else:
-            new = (old + draw(1, len(tuples), P)) % len(tuples)
-        swapped[l][rows, node] = (new // m).to(torch.uint8)
-        h = tuples[new]  # (P, s)
-        for k in reversed(range(l)):
-            swapped[k].view(P, -1, s ** (l - k))[rows, node] = h
-            if k:
-                h = self.rules[k - 1].to(device)[h.long(), draw(0, m, h.shape)].flatten(1)
-        return swapped, node
+            new = draw_other(rng, np.tile(p / self.v, self.v), old)
+        swapped[l][each, node] = new // m
 
-    # ------------------------------------------------------------------------------------------------------------------
+        h = tuples[new]                                     # (P, s)
+        for k in reversed(range(l)):
+            swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
+            if k:
+                h = rules[k - 1][h, pick(h.shape)].reshape(P, -1)
+        swapped = [torch.from_numpy(level).to(device) for level in swapped]
+        return swapped, torch.from_numpy(node).to(device)
+
+    # ------------------------------------------------------------------------------------
     # the population: what an infinite sample would show, from the rules alone
 
     def transition(self, l):
-        """(s, v, v) float64: entry [k, a, b] is the probability that a level-(l+1) symbol a has b as its k-th child."""
-        return F.one_hot(self.rules[l].long(), self.v).double().mean(1).permute(1, 0, 2)
+        """(s, v, v) float64: entry [k, a, b] is the probability that a level-(l+1) symbol
+        a has b as its k-th child."""
+        W = torch.zeros(self.s, self.v, self.v, dtype=torch.float64)
+        parent = torch.arange(self.v)[:, None].expand(self.v, self.m)
+        p = self.p.expand(self.v, self.m)
+        for k in range(self.s):
+            W[k].index_put_((parent, self.rules[l][:, :, k].long()), p, accumulate=True)
+        return W
 
     def descend(self, top, l, n):
-        """(v, v) float64: P(node n of level l is b | its ancestor on level top is a), one transition per level."""
+        """(v, v) float64: P(node n of level l is b | its ancestor on level top is a)."""
         W = torch.eye(self.v, dtype=torch.float64)
         for level in reversed(range(l, top)):
-            W = W @ self.transition(level)[n // self.s ** (level - l) % self.s]
+            k = n // self.s ** (level - l) % self.s         # the child on the way to n
+            W = W @ self.transition(level)[k]
         return W
 
     def marginal(self, l, n):
         """(v,) float64: the distribution of node n of level l."""
-        return self.descend(self.L, l, n).mean(0)  # the root is uniform
+        return self.descend(self.L, l, n).mean(0)           # the root is uniform
+
+    def siblings(self, c, i, j, p):
+        """(v, v) float64: P(i-th child is a, j-th child is b) under one level-c symbol
+        whose distribution is p, (v,)."""
+        rules = self.rules[c - 1].long()                    # (v, m, s)
+        pair = torch.zeros(self.v, self.v, dtype=torch.float64)
+        weight = p[:, None] * self.p                        # (v, m)
+        pair.index_put_((rules[:, :, i], rules[:, :, j]), weight, accumulate=True)
+        return pair
 
     def context(self, l, t, target_level, n):
-        """The population limit of a context vector: P(node n of target_level = b | the t-th level-l tuple).
+        """The population limit of a context vector.
 
-        Returns (v, v) float64, row a holding the distribution for the tuples whose parent is a: synonyms have the
-        same context whatever the target, which is why clustering contexts finds the parents. The rows of a parent
-        that never stands at t are 0. The targets of the paper: target_level = l, a latent cousin element;
-        target_level = 0, a raw token under a cousin; target_level = L and n = 0, the root label.
+        Returns (v, v) float64, entry [a, b] = P(node n of target_level is b | a tuple with
+        the parent a is the t-th of level l). Synonyms have the same context whatever the
+        target, which is why clustering contexts finds the parents. The rows of a parent
+        that never stands at t are 0. The targets of the paper: target_level = l, an element
+        of a cousin; 0, a token under a cousin; L with n = 0, the root label.
         Raises ValueError if the target lies within the tuple itself."""
-        c = max(l + 1, target_level)  # climb to the lowest common ancestor of the tuple's parent and the target
-        while t // self.s ** (c - l - 1) != n // self.s ** (c - target_level):
+        s = self.s
+        c = max(l + 1, target_level)  # climb to the lowest common ancestor
+        while t // s ** (c - l - 1) != n // s ** (c - target_level):
             c += 1
         if c == l + 1 > target_level:
-            raise ValueError(f"node {n} of level {target_level} lies within tuple {t} of level {l}")
-        p = self.marginal(c, t // self.s ** (c - l - 1))
-        if c == target_level:
-            joint = (p[:, None] * self.descend(c, l + 1, t)).T  # (parent, ancestor)
-        else:
-            rules = self.rules[c - 1].long()  # (v, m, s): the one rule that the two branches share
-            i = t // self.s ** (c - l - 2) % self.s
-            j = n // self.s ** (c - 1 - target_level) % self.s
-            pair = torch.zeros(self.v, self.v, dtype=torch.float64)  # P(i-th child, j-th child)
-            weight = (p / self.m)[:, None].expand(self.v, self.m)
-            pair.index_put_((rules[:, :, i], rules[:, :, j]), weight, accumulate=True)
-            joint = self.descend(c - 1, l + 1, t).T @ pair @ self.descend(c - 1, target_level, n)
+            where = f"node {n} of level {target_level}"
+            raise ValueError(f"n: {where} lies within tuple {t} of level {l}")
+        p = self.marginal(c, t // s ** (c - l - 1))
+        if c == target_level:  # the target is an ancestor
+            joint = (p[:, None] * self.descend(c, l + 1, t)).T
+        else:                  # the two branches share one rule
+            i = t // s ** (c - l - 2) % s
+            j = n // s ** (c - 1 - target_level) % s
+            pair = self.siblings(c, i, j, p)
+            up, down = self.descend(c - 1, l + 1, t), self.descend(c - 1, target_level, n)
+            joint = up.T @ pair @ down
         return joint / joint.sum(1, keepdim=True).clamp(min=1e-300)
 
     def separation(self, l):
-        """How far apart the parents of level-l tuples are, in the theorem's unit sqrt(1-f)/m (in 1/m if f = 1).
+        """How far apart the parents of level-l tuples are, in the theorem's unit
+        sqrt(1-f)/m (in 1/m if f = 1).
 
-        The smallest distance between two parents' contexts: the latent elements of the cousins of the first tuple,
-        root mean square over these elements. Near 0, two symbols share their contexts: an unlucky grammar, on which
-        no number of samples separates them by this tuple position."""
+        The smallest distance between two parents' contexts: the elements of the cousins of
+        the first tuple, root mean square over these. Near 0, two symbols share their
+        contexts, and no number of samples separates them by this tuple position."""
         contexts = [self.context(l, 0, l, n) for n in range(self.s, self.s**2)]
         distance = torch.pdist(torch.cat(contexts, 1)).min() / len(contexts) ** 0.5
         return distance.item() * self.m / ((1 - self.f) or 1) ** 0.5
 
+    def contrast(self):
+        """How far apart parents' contexts are, for each target and level: {target: list}.
 
-def check_sizes(v, s, m, L):
-    """Raise ValueError, naming the size and its range, unless these four describe a grammar we can store."""
-    if not 2 <= v <= 256:
-        raise ValueError(f"v = {v}: allowed is 2 to 256, one byte per symbol")
-    if s < 2 or v**s >= 2**63:
-        raise ValueError(f"s = {s}: allowed is 2 or more, with v^s below 2^63")
-    if not 1 <= m <= v ** (s - 1):
-        raise ValueError(f"m = {m}: allowed is 1 to v^(s-1) = {v ** (s - 1)}, so that v*m tuples exist among the v^s")
-    if L < 2 or s**L > 2**24:
-        raise ValueError(f"depth = {L}: allowed is 2 or more, with at most 2^24 tokens (s^depth) in a string")
+        Entry l is about the level-l tuples: the root mean square distance of two parents'
+        contexts, over all pairs of parents, all tuple positions and all targets that
+        cluster.py counts. For joint the target is the cousin's symbol, which its tuples
+        are relabelled to. Noise of sqrt(v m / P), from P strings, is as large at
+        P = v m / contrast^2. Raises ValueError if root needs too much memory."""
+        v, s, L = self.v, self.s, self.L
+        check_memory("depth", 24 * s ** (L - 1) * v * v, "contexts of the root")
+        W = [self.transition(l) for l in range(L)]          # (s, v, v) each
+        p = torch.full((v,), 1 / v, dtype=torch.float64)    # the mean over a level's nodes
+        mean = [p]
+        for l in reversed(range(L)):
+            mean.insert(0, mean[0] @ W[l].mean(0))
+        # distances of contexts q W, a mean over many W: q (mean of W W^T) q^T will do
+        tokens, metric = torch.eye(v, dtype=torch.float64), {"joint": torch.eye(v).double()}
+        found = {target: [] for target in TARGETS}
+        for l in range(L - 1):
+            tokens = (W[l] @ tokens @ W[l].mT).mean(0)
+            metric |= {"latent": (W[l] @ W[l].mT).mean(0), "token": tokens}
+            pairs = [(i, j) for i in range(s) for j in range(s) if i != j]
+            joint = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in pairs]
+            for target, inner in metric.items():
+                found[target].append(spread(torch.stack(joint), inner))
+        # a root label is not equally far from all tuples: each position by itself
+        down = torch.eye(v, dtype=torch.float64)[None]      # (n, v, v) from the root
+        for l in reversed(range(1, L)):
+            down = (down[:, None] @ W[l]).flatten(0, 1)
+            found["root"].insert(0, spread(down.mT / v, torch.eye(v).double()))
+        return found
+
+    # ------------------------------------------------------------------------------------
+    # exact inference
+
+    def posterior(self, x, visible):
+        """Sum-product up and down the tree: P(symbol | the visible tokens), exactly.
+
+        x: (P, s^L) integer strings; visible: bool, (P, s^L) or (s^L,). What x holds at
+        hidden places is not read. Returns a list over the levels l = 0..L of
+        (P, s^(L-l), v) float64 tensors on the CPU, the distribution of every node: the
+        Bayes limit of masked-token prediction on level 0, of classification on level L.
+        Raises ValueError, naming the first string, if no derivation has these tokens."""
+        v, s, m, L = self.v, self.s, self.m, self.L
+        x, visible = whole_numbers("x", x).cpu(), torch.as_tensor(visible).cpu()
+        if x.ndim != 2 or x.shape[1] != s**L:
+            raise ValueError(f"x: must be (P, {s**L}), not {tuple(x.shape)}")
+        if visible.dtype != torch.bool or visible.shape not in (x.shape, x.shape[1:]):
+            raise ValueError(f"visible: must be bool, (P, {s**L}) or ({s**L},)")
+        P = len(x)
+        check_memory("x", 8 * P * s ** (L - 1) * v * m * (s + 3), "exact inference")
+        visible = visible.expand(P, -1)
+        wrong = (visible & ((x < 0) | (x > v - 1))).nonzero()
+        if len(wrong):
+            p, t = wrong[0].tolist()
+            raise ValueError(f"x: string {p}, position {t}: {x[p, t]} is not a symbol")
+
+        # up: P(visible tokens beneath a node | its symbol), up to a factor
+        token = F.one_hot(torch.where(visible, x.long(), 0), v).double()
+        up = [torch.where(visible[:, :, None], token, 1.0)]    # (P, s^L, v)
+        given = []                                          # [l][k]: (P, n, v m)
+        for l in range(L):
+            rules = self.rules[l].flatten(0, 1).long()      # (v m, s)
+            children = up[l].unflatten(1, (-1, s))          # (P, n, s, v)
+            given.append([children[:, :, k, rules[:, k]] for k in range(s)])
+            likely = math.prod(given[l]).unflatten(2, (v, m)) @ self.p  # (P, n, v)
+            total = likely.sum(2, keepdim=True)
+            if (total == 0).any():
+                p = int((total == 0).nonzero()[0, 0])
+                raise ValueError(f"x: string {p} has no derivation with its visible tokens")
+            up.append(likely / total)
+
+        # down: P(a node's symbol | visible tokens that are not beneath it)
+        down = [torch.full((P, 1, v), 1 / v, dtype=torch.float64)]
+        for l in reversed(range(L)):
+            rules = self.rules[l].flatten(0, 1).long()
+            rule = (down[0][:, :, :, None] * self.p).flatten(2)        # (P, n, v m)
+            below = torch.zeros(P, rule.shape[1], s, v, dtype=torch.float64)
+            for k in range(s):
+                others = math.prod((given[l][j] for j in range(s) if j != k), start=rule)
+                below[:, :, k].index_add_(2, rules[:, k], others)
+            below = below.flatten(1, 2)                     # (P, s n, v)
+            down.insert(0, below / below.sum(2, keepdim=True))
+        both = [a * b for a, b in zip(up, down)]
+        return [joint / joint.sum(2, keepdim=True) for joint in both]
+
+
+def spread(joint, inner):
+    """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n
+    places, inner (v, v) the scalar product of two rows. A parent that is never seen at a
+    place gets the mean context there, as in cluster.py."""
+    share = joint.sum(2, keepdim=True)
+    mean = joint.sum(1, keepdim=True) / share.sum(1, keepdim=True)
+    q = torch.where(share > 0, joint / share.clamp(min=1e-300), mean)
+    gram = q @ inner @ q.mT                                 # (n, v, v)
+    size = gram.diagonal(dim1=1, dim2=2)
+    squares = size[:, :, None] + size[:, None] - 2 * gram
+    v = joint.shape[1]
+    return (squares.sum((1, 2)).mean() / (v * (v - 1))).clamp(min=0).sqrt().item()
+
+
+def draw_other(rng, weight, old):
+    """Draw one index for every entry of old, in proportion to weight, but never that one."""
+    ends = weight.cumsum()
+    starts = ends - weight
+    u = rng.random(len(old)) * (ends[-1] - weight[old])     # leaves no room for old
+    u = np.where(u < starts[old], u, np.maximum(u + weight[old], ends[old]))
+    drawn = np.searchsorted(ends, u, side="right")
+    return np.minimum(drawn, np.where(old == len(weight) - 1, old - 1, len(weight) - 1))
 
 
 def generator(stream, seed):
-    """A numpy generator for one named stream of a seed (int or tuple of ints), so that the rules and the strings drawn
-    from one seed are independent."""
+    """A numpy generator for one named stream of a seed (a whole number or a tuple of them),
+    so that the rules and the strings drawn from one seed are independent."""
     seed = seed if isinstance(seed, tuple) else (seed,)
-    return np.random.default_rng([int.from_bytes(stream.encode()[:4], "little"), len(seed), *seed])
-
-
-def depth_of(x, s):
-    """L of strings x, (P, s^L). Raises ValueError unless there is a string and L is a whole number, 2 or more."""
-    L, length = 0, x.shape[1] if x.ndim == 2 else 0
-    while length > 1 and length % s == 0:
-        L, length = L + 1, length // s
-    if length != 1 or L < 2 or len(x) == 0:
-        raise ValueError(f"x must be (P, s^L) with P >= 1 and L >= 2, not {tuple(x.shape)} for s = {s}")
-    return L
+    for part in seed:
+        check_whole("seed", part, 0)
+    name = int.from_bytes(stream.encode()[:4], "little")
+    return np.random.default_rng([name, len(seed), *map(int, seed)])
 
 
 def cousins(s, device="cpu"):
-    """(s, s-1) int64: row i holds the child positions of the cousins of a tuple at child position i."""
+    """(s, s-1) int64: row i holds the child positions of the cousins of a tuple at i."""
     return torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=device)
 
 
 def tuple_codes(tuples, v):
-    """(..., s) integer tensor of tuples -> (...) int64, the number that the tuple spells in base v."""
+    """(..., s) integer tuples -> (...) int64, the number that each spells in base v."""
     code = tuples[..., 0].to(torch.int64, copy=True)
     for k in range(1, tuples.shape[-1]):
         code.mul_(v).add_(tuples[..., k].long())
     return code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the score
 
 
 def accuracy(estimate, truth, v):
-    """Fraction of labels that are right under the best one-to-one matching of estimated ids with true symbols.
+    """Fraction of labels that are right under the best one-to-one matching of estimated ids
+    with true symbols; 0 if there are none.
 
-    estimate: integer tensor of ids, any number of them; negative means unknown and counts as wrong. truth: integer
-    tensor of the same shape, symbols 0..v-1. Raises ValueError if the shapes differ."""
+    estimate: integer tensor of ids, any number of them; negative means unknown and counts
+    as wrong. truth: integer tensor of the same shape, symbols 0..v-1. Raises ValueError
+    if the shapes differ, or these are no such numbers."""
+    estimate, truth = whole_numbers("estimate", estimate), whole_numbers("truth", truth)
     if estimate.shape != truth.shape:
-        raise ValueError(f"shapes differ: {tuple(estimate.shape)} and {tuple(truth.shape)}")
+        shapes = f"{tuple(truth.shape)}, not {tuple(estimate.shape)}"
+        raise ValueError(f"estimate: must have the shape of truth, {shapes}")
+    if truth.numel() == 0:
+        return 0.0
+    if int(truth.min()) < 0 or int(truth.max()) >= v:
+        raise ValueError(f"truth: symbols must lie in 0..v-1 = {v - 1}")
     ids = max(v, int(estimate.max()) + 1)
+    check_memory("estimate", 8 * ids * v, f"ids up to {ids - 1}")
     known = estimate >= 0
     cells = estimate[known].long() * v + truth[known]
-    table = torch.bincount(cells, minlength=ids * v).reshape(ids, v).cpu().numpy()
-    return float(best_matching(table).sum()) / max(1, truth.numel())
+    table = torch.bincount(cells, minlength=ids * v).reshape(ids, v)
+    return float(best_matching(table.cpu().numpy()).sum()) / truth.numel()
 
 
 def best_matching(table):
-    """The Hungarian algorithm, by shortest augmenting paths: table (rows, columns), a score for every pair, gives the
-    scores of the one-to-one pairs whose sum is largest, min(rows, columns) of them."""
+    """The one-to-one pairs of rows and columns whose scores have the largest sum.
+
+    table: (rows, columns) finite scores. Returns the scores of min(rows, columns) pairs.
+    The Hungarian algorithm: rows join one by one, each along the cheapest path that
+    alternates between pairs not made and made; prices keep every cost at or above 0.
+    Raises ValueError unless all scores are finite."""
     table = np.asarray(table, dtype=float)
+    if table.ndim != 2 or not np.isfinite(table).all():
+        raise ValueError("table: must be (rows, columns) of finite numbers")
     if table.shape[0] > table.shape[1]:
         table = table.T
     rows, columns = table.shape
-    cost = table.max() - table
+    cost = table.max(initial=0) - table
     row_price, column_price = np.zeros(rows), np.zeros(columns)
-    owner = np.full(columns, -1)  # the row that holds each column
+    owner = np.full(columns, -1)                            # the row of each column
     for new in range(rows):
-        distance, via = np.full(columns, np.inf), np.full(columns, -1)  # shortest path to a column, and its last step
+        distance = np.full(columns, np.inf)                 # of the cheapest path to a column
+        before = np.full(columns, -1)                       # the column before it on the path
         done = np.zeros(columns, bool)
+        reached = [(new, 0.0)]                              # rows on the tree of paths
         row, column, length = new, -1, 0.0
-        row_length = {new: 0.0}
-        while row >= 0:  # grow the tree of cheapest alternating paths until it meets a free column
-            step = length + cost[row] - row_price[row] - column_price
-            closer = ~done & (step < distance)
-            distance[closer], via[closer] = step[closer], column
+        while row >= 0:                                     # until a column is free
+            path = length + cost[row] - row_price[row] - column_price
+            closer = ~done & (path < distance)
+            distance[closer], before[closer] = path[closer], column
             column = int(np.where(done, np.inf, distance).argmin())
-            length, done[column], row = distance[column], True, owner[column]
-            if row >= 0:
-                row_length[row] = length
-        for r, d in row_length.items():  # new prices keep every reduced cost at or above 0
-            row_price[r] += length - d
+            length, row = distance[column], owner[column]
+            done[column] = True
+            reached.append((row, length))
+        for row, at in reached[:-1]:
+            row_price[row] += length - at
         column_price[done] -= length - distance[done]
-        while column >= 0:  # hand the columns along the path down, one row each
-            owner[column] = owner[via[column]] if via[column] >= 0 else new
-            column = via[column]
+        while column >= 0:                                  # each column takes the row of
+            previous = before[column]                       # the one before it
+            owner[column] = owner[previous] if previous >= 0 else new
+            column = previous
     held = owner >= 0
     return table[owner[held], held.nonzero()[0]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# probes: what can be read off features
-
-
 def linear_probe(features, labels, v):
-    """Least squares of the one-hot labels on the features, with a little ridge: nothing to tune, the same every time.
+    """Least squares of the one-hot labels on the features, with a little ridge: nothing to
+    tune, the same every time.
 
-    features: (n, d) float; labels: (n,) integers below v. Returns a function from (..., d) to (..., v) scores."""
-    mean, share = features.mean(0), F.one_hot(labels.long(), v).to(features)
+    features: (n, d) float; labels: (n,) integers below v. Returns a function from (..., d)
+    features to (..., v) scores. Solved in float64 on the CPU, whatever the device."""
+    share = F.one_hot(labels.long(), v).to(features)        # (n, v)
+    mean, centre = features.mean(0), share.mean(0)
     centred = features - mean
-    gram = centred.T @ centred / len(features) + RIDGE * torch.eye(features.shape[1], device=features.device)
-    weight = torch.linalg.solve(gram, centred.T @ (share - share.mean(0)) / len(features))  # (d, v)
-    return lambda h: (h - mean) @ weight + share.mean(0)
+    gram = (centred.T @ centred / len(features)).cpu().double()
+    moment = (centred.T @ (share - centre) / len(features)).cpu().double()
+    ridge = RIDGE * torch.eye(len(gram), dtype=torch.float64)
+    weight = torch.linalg.solve(gram + ridge, moment)          # (d, v)
+    weight = weight.to(features.dtype).to(features.device)
+    return lambda h: (h - mean) @ weight + centre
 
 
-class Exam:
-    """The strings on which features are probed, for one grammar and seed: the same for every learner.
-
-    test: levels of fresh strings, the same as every learner is scored on. probe[l], l = 1..L-1: levels of other fresh
-    strings in which one rule of every level-l symbol never occurs (another has its place), so that v of the v*m
-    level-(l-1) tuples are absent; unseen[l], (P, s^(L-l)) bool: the nodes of the test strings that have such a tuple.
-    labelled: levels of fresh strings of the grammar itself, to probe the root. Raises ValueError if m = 1."""
-
-    def __init__(self, grammar, seed, device="cpu", tests=TEST_STRINGS):
-        if grammar.m == 1:
-            raise ValueError("m = 1: allowed is 2 or more here, since a single rule has no synonym to measure")
-        self.grammar = grammar
-        self.test = grammar.sample(tests, (seed, 1), device)
-        self.labelled = grammar.sample(PROBE_STRINGS, (seed, 3), device)
-        self.probe, self.unseen = [None], [None]
-        for l in range(1, grammar.L):
-            rules = [rule.clone() for rule in grammar.rules]
-            rules[l - 1][:, 0] = rules[l - 1][:, 1]
-            without = Grammar(grammar.v, grammar.s, grammar.m, grammar.L, rules)
-            self.probe.append(without.sample(PROBE_STRINGS, (seed, 4, l), device))
-            absent = tuple_codes(grammar.rules[l - 1][:, 0], grammar.v).to(device)
-            codes = tuple_codes(self.test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
-            self.unseen.append(torch.isin(codes, absent))
+# ----------------------------------------------------------------------------------------
+# what the scripts share: checks, settings, scores and command lines
 
 
-def examine(features, exam):
-    """The unseen-synonym accuracy of every level l = 1..L-1, and what goes with it.
-
-    features: a function from (P, s^L) strings to a list which holds at place l what may know level l: a list of one or
-    more (P, s^(L-l), d) float tensors, such as the layers of a network. A linear probe reads h^(l) from the features of
-    its node. It is trained on strings from which a part of the level-(l-1) tuples is absent and tested on the nodes
-    that have these tuples: it can only be right if the features of synonyms are alike. Of several tensors the best one
-    counts, so compare with untrained features read in the same way. On tuples that the probe has seen it is right as
-    soon as level l-1 is readable, since it looks the parent up: no proof of anything, given for comparison.
-    Returns (unseen, seen, collapsed), lists over the levels: two accuracies, and whether the probe's answers on the
-    test strings are fewer than v different symbols."""
-    v, test, results = exam.grammar.v, features(exam.test[0]), []
-    for l in range(1, exam.grammar.L):
-        absent, found = exam.unseen[l], []
-        for train, fresh in zip(features(exam.probe[l][0])[l], test[l], strict=True):
-            answer = linear_probe(train.flatten(0, 1), exam.probe[l][l].flatten(), v)(fresh).argmax(2)
-            right = (answer == exam.test[l]).float()
-            found.append((right[absent].mean().item(), right[~absent].mean().item(), len(answer.unique()) < v))
-        results.append(max(found))
-    return tuple(map(list, zip(*results)))
+def check_whole(name, value, low, high=2**31 - 1):
+    """Raise ValueError, naming the argument, unless value is a whole number in range."""
+    whole_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole_number:
+        raise ValueError(f"{name}: must be a whole number, not {value!r:.20}")
+    if not low <= value <= high:
+        seen = f", not {value}" if abs(value) < 2**63 else ""
+        raise ValueError(f"{name}: must be a whole number from {low} to {high}{seen}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what the scripts share: one form of settings, scores, strings and command lines
+def whole_numbers(name, x):
+    """A tensor of the whole numbers in x (tensor, array, lists), or a ValueError."""
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name}: must hold whole numbers, in rows of one length") from None
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name}: must hold whole numbers, not {x.dtype}")
+    return x
+
+
+def check_sizes(v, s, m, L):
+    """Raise ValueError, naming the size, unless these four describe a grammar that can be
+    stored: symbols in a byte, v^s below 2^63, strings of at most 2^24 tokens."""
+    check_whole("v", v, 2, 256)
+    check_whole("s", s, 2, 62)
+    if v**s >= 2**63:
+        raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
+    check_whole("m", m, 1, v ** (s - 1))
+    check_whole("depth", L, 2, int(24 / math.log2(s) + 1e-9))
+    # drawing them without repetition may list all v^s, if these are not many more
+    drawn = 8 * min(v**s, 50 * v * m)
+    check_memory("m", drawn + 16 * v * m * s * (L + 3), "the rules")
+
+
+def as_strings(x, v, s):
+    """Anyone's strings -> ((P, s^L) uint8 tensor on x's device, L).
+
+    x: an integer tensor, array or list of lists of symbols 0..v-1; never written to.
+    Raises ValueError, naming the argument, unless there is a string, its length is a power
+    of s from s^2 on, and every entry is a symbol."""
+    check_whole("v", v, 2, 256)
+    check_whole("s", s, 2, 62)
+    if v**s >= 2**63:
+        raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
+    x = whole_numbers("x", x)
+    length = x.shape[1] if x.ndim == 2 and len(x) else 0
+    L = 0
+    while length > s**L:
+        L += 1
+    if L < 2 or length != s**L:
+        shape = tuple(x.shape)
+        raise ValueError(f"x: must be (P, s^L), P >= 1 and L >= 2, not {shape} for s = {s}")
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high >= v:
+        raise ValueError(f"x: symbols must lie in 0..v-1 = {v - 1}, not {low}..{high}")
+    return x.to(torch.uint8), L
+
+
+def strings_bytes(P, s, L):
+    """Bytes of P derivations as sample returns them: one for every node of every level."""
+    return P * sum(s**l for l in range(L + 1))
+
+
+def check_memory(name, need, what):
+    """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
+    if need > MEMORY:
+        gib = f"{need / 2**30:.3g} GiB, at most {MEMORY / 2**30:.3g} are allowed"
+        raise ValueError(f"{name}: {what} would need {gib}")
 
 
 class Setting(NamedTuple):
-    """One row of a learner's table of settings. The table makes the command-line flags, checks what Python gives as
-    strictly as what the command line gives, and is what a sweep stores in settings.json."""
+    """One row of a learner's table of settings. The table makes the command-line flags, and
+    checks what Python gives as strictly as what the command line gives."""
 
     name: str
-    kind: Callable    # reads the value from text, and says what is allowed: whole, real, choice or switch
+    kind: Callable    # reads the value from text: whole, real, choice or switch
     default: object
-    paper: object     # what the paper uses; None where the paper has no such thing
+    paper: object     # what the paper uses; None where it has no such thing
     help: str
 
 
 class Score(NamedTuple):
     """What one run of the sweep has learned, measured on fresh strings."""
 
-    accuracy: list      # a float for every level 1..L-1, and one more if the learner reports the root
+    accuracy: list      # a float for every level 1..L-1, one more if the root is reported
     collapsed: list     # of bool, as long: fewer than v symbols are in use
-    floor: list = None  # of float, as long: the same measure before any training; None where it would be chance
+    floor: list = None  # of float, as long: the same before training; None for chance
     diverged: int = 0   # the step whose loss was no longer finite; 0 if all were
 
 
 def read_settings(table, presets, given):
-    """The values of all settings as attributes of one object: the defaults, changed by the preset, changed by given.
+    """All settings as attributes of one object: the defaults, changed by the preset,
+    changed by given, {name: value}, which may name a preset.
 
-    table: the learner's SETTINGS; presets: {name: {setting: value}}, the first is the default; given: {name: value},
-    which may name a preset. Raises ValueError, naming the setting and what is allowed."""
+    table: the learner's SETTINGS; presets: {name: {setting: value}}, the first is the
+    default. Raises ValueError, naming the setting and what is allowed."""
     given = dict(given)
     preset = given.pop("preset", next(iter(presets)))
     if preset not in presets:
-        raise ValueError(f"preset: must be one of {', '.join(presets)}, not {preset!r}")
+        raise ValueError(f"preset: must be one of {', '.join(presets)}, not {preset!r:.20}")
     kinds = {row.name: row.kind for row in table}
     values = {row.name: row.default for row in table} | presets[preset]
     for name, value in given.items():
@@ -430,7 +670,7 @@ def read_settings(table, presets, given):
             raise ValueError(f"{name}: no such setting; there is {', '.join(near)}")
         try:
             values[name] = kinds[name](str(value))
-        except argparse.ArgumentTypeError as error:
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise ValueError(f"{name.replace('_', '-')}: {error}") from None
     return SimpleNamespace(**values)
 
@@ -441,92 +681,31 @@ def paper_preset(table):
 
 
 def add_settings(parser, table, presets):
-    """A flag for every row of a table of settings, and --preset. A flag that is not given is None."""
+    """A flag for every row of a table, and --preset. A flag that is not given is None."""
     if len(presets) > 1:
-        parser.add_argument("--preset", choices=presets, help=f"of the settings below (default {next(iter(presets))})")
+        first = next(iter(presets))
+        text = f"values of the settings below (default {first})"
+        parser.add_argument("--preset", choices=presets, help=text)
     for row in table:
         flag = "--" + row.name.replace("_", "-")
         paper = "" if row.paper is None else f"; the paper: {row.paper}"
-        bare = {"nargs": "?", "const": True} if row.kind is switch else {}  # --flag alone switches it on
-        parser.add_argument(flag, type=row.kind, help=f"{row.help} (default {row.default}{paper})", **bare)
+        text = f"{row.help} (default {row.default}{paper})"
+        bare = {"nargs": "?", "const": True} if row.kind is switch else {}  # --flag is true
+        parser.add_argument(flag, type=row.kind, help=text, **bare)
 
 
 def given_settings(table, args):
     """{name: value} of the flags of add_settings that were given."""
-    names = ["preset", *(row.name for row in table)]
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
-
-def as_strings(x, v, s):
-    """Anyone's strings -> ((P, s^L) uint8 tensor on x's device, L).
-
-    x: an integer tensor, array or list of lists of symbols 0..v-1. Raises ValueError, naming the argument, unless
-    there is a string, its length is a power of s from s^2 on, and every entry is a whole number that is a symbol."""
-    if not 2 <= v <= 256:
-        raise ValueError(f"v = {v}: allowed is 2 to 256, one byte per symbol")
-    if s < 2 or v**s >= 2**63:
-        raise ValueError(f"s = {s}: allowed is 2 or more, with v^s below 2^63")
-    try:
-        x = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError("x: strings must all have one length, and hold whole numbers") from None
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f"x: symbols must be whole numbers, not {x.dtype}")
-    length = x.shape[1] if x.ndim == 2 and len(x) else 0
-    L = 0
-    while length > s**L:
-        L += 1
-    if L < 2 or length != s**L:
-        raise ValueError(f"x: must be (P, s^L) with P >= 1 and L >= 2, not {tuple(x.shape)} for s = {s}")
-    low, high = int(x.min()), int(x.max())
-    if low < 0 or high >= v:
-        raise ValueError(f"x: symbols must lie in 0..v-1 = {v - 1}, not {low}..{high}")
-    return x.to(torch.uint8), L
-
-
-def check_memory(name, need, what):
-    """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
-    if need > MEMORY:
-        raise ValueError(f"{name}: {what} would need {need / 2**30:.3g} GiB, at most {MEMORY / 2**30:.3g} are allowed")
-
-
-def strings_bytes(P, s, L):
-    """Bytes of P derivations as sample returns them: one for every node of every level."""
-    return P * sum(s**l for l in range(L + 1))
-
-
-def new_file(text):
-    """An argparse type: the name of a file that can be written."""
-    folder = os.path.dirname(text) or "."
-    if not text or not os.path.isdir(folder):
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, not {text!r}")
-    if os.path.exists(text) and not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(f"must be a file, and {text!r} is none")
-    return text
-
-
-def write_whole(path, write):
-    """Write a file in one go: write(file), file open in bytes, fills one beside it, which then
-    takes its place. So whatever happens, path holds the old bytes or all the new ones."""
-    path = os.path.realpath(path)  # what a link points to is replaced, not the link
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "not a file", path)
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.remove(part)
-        raise
+    values = {name: getattr(args, name, None) for name in ["preset", *(row.name for row in table)]}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that bad input gives one line that names the flag, and exit code 2."""
+    """argparse, but bad input gives one line that names the flag, and exit code 2."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -536,9 +715,10 @@ def whole(low, high=2**31 - 1):
     """An argparse type: a whole number from low to high."""
 
     def read(text):
-        digits = text.lstrip("+-")
-        if not (digits.isascii() and digits.isdigit() and len(text) < 20 and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text[:20]!r}")
+        written = re.fullmatch("[+-]?[0-9]{1,18}", text)
+        if not written or not low <= int(text) <= high:
+            allowed = f"a whole number from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:20]!r}")
         return int(text)
 
     return read
@@ -551,9 +731,10 @@ def real(low, high):
         try:
             number = float(text)
         except ValueError:
-            number = float("nan")
+            number = math.nan
         if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not {text[:20]!r}")
+            allowed = f"a number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:20]!r}")
         return number
 
     return read
@@ -564,7 +745,8 @@ def choice(*words):
 
     def read(text):
         if text not in words:
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(words)}, not {text[:20]!r}")
+            allowed = f"one of {', '.join(words)}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:20]!r}")
         return text
 
     return read
@@ -577,30 +759,61 @@ def switch(text):
     return text.lower() == "true"
 
 
+def new_file(text):
+    """An argparse type: the name of a file that can be written."""
+    folder = os.path.dirname(text) or "."
+    if not text or not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, not {text!r}")
+    if os.path.exists(text) and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"must be a file, which {text!r} is not")
+    return text
+
+
+def write_whole(path, write):
+    """Write a file in one go: write(file), file open in bytes, fills one beside it, which
+    then takes its place. Whatever happens, path holds all the old bytes or all the new."""
+    path = os.path.realpath(path)  # what a link points to is replaced, not the link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a file", path)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
 def add_grammar_flags(parser, m=3, samples=None):
     """The flags of one grammar and one sample, the same in every script."""
-    parser.add_argument("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
-    parser.add_argument("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    parser.add_argument("--m", type=whole(1), default=m, help=f"rules per symbol, 1 to v^(s-1) (default {m})")
-    parser.add_argument("--depth", type=whole(2, 24), default=3, help="L, levels above the tokens (default 3)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the rules and of the strings (default 0)")
+    add = parser.add_argument
+    add("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
+    add("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
+    add("--m", type=whole(1), default=m, help=f"rules per symbol, to v^(s-1) (default {m})")
+    add("--depth", type=whole(2, 24), default=3, help="L, levels above the tokens (default 3)")
+    add("--zipf", type=real(0, 10), default=0.0,
+        help="rule j has a probability ~ (j+1)^-zipf (default 0: uniform)")
+    add("--seed", type=whole(0), default=0, help="of the rules and the strings (default 0)")
     if samples:
-        parser.add_argument("--samples", type=whole(1), default=samples, help=f"P, training strings ({samples})")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
+        add("--samples", type=whole(1), default=samples,
+            help=f"P, training strings (default {samples})")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
 
 
 def grammar_from_flags(parser, args):
-    """The grammar that the flags ask for; an impossible one ends the script with one line and exit code 2."""
+    """The grammar of the flags; an impossible one ends the script with one line, code 2."""
     try:
-        return Grammar.random(args.v, args.s, args.m, args.depth, args.seed)
+        return Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
     except ValueError as error:
         parser.error(f"argument --{error}")
 
 
 def pick_device(parser, name):
-    """auto, cpu, cuda, cuda:N or mps -> the device's name; one that is not there ends the script with exit code 2.
+    """auto, cpu, cuda, cuda:N or mps -> a device's name; a missing one ends the script.
 
-    auto is cuda where there is one, otherwise cpu; mps, never tried by us, has to be asked for by name."""
+    auto is cuda where there is one, otherwise cpu; mps, which we never tried, has to be
+    asked for by name."""
     there = ["cpu"]
     if torch.cuda.is_available():
         there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -609,13 +822,15 @@ def pick_device(parser, name):
     if name == "auto":
         return "cuda" if "cuda" in there else "cpu"
     if name not in there:
-        parser.error(f"argument --device: {name!r} is not available here; choose from auto, {', '.join(there)}")
+        choices = f"choose from auto, {', '.join(there)}"
+        parser.error(f"argument --device: {name[:20]!r} is not available here; {choices}")
     return name
 
 
 def run_script(main):
-    """Call a script's main. What ends it from outside gives one line and no traceback: Ctrl-C or SIGTERM, a reader of
-    the output that has gone (`| head`), a full disk, too little memory."""
+    """Call a script's main. What ends it from outside gives one line and no traceback:
+    Ctrl-C or SIGTERM, a reader of the output that has gone (`| head`), a full disk, too
+    little memory."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
@@ -626,20 +841,23 @@ def run_script(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        code, line = 130, f"\n{program}: stopped"
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        print(f"{program}: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        code = 1
+        line = f"{program}: {error.filename or 'output'}: {error.strerror or error}"
     except (MemoryError, torch.OutOfMemoryError):
-        print(f"{program}: out of memory; fewer or shorter strings need less", file=sys.stderr)
-        raise SystemExit(1) from None
+        code, line = 1, f"{program}: out of memory; fewer or shorter strings need less"
+    else:
+        return
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # alone
 
 
@@ -647,38 +865,41 @@ def draw_rules(grammar):
     """The rules as text, one line per symbol."""
     lines = []
     for l in reversed(range(grammar.L)):
-        for a in range(grammar.v):
-            tuples = " | ".join(" ".join(map(str, rule)) for rule in grammar.rules[l][a].tolist())
+        for a, rules in enumerate(grammar.rules[l].tolist()):
+            tuples = " | ".join(" ".join(map(str, rule)) for rule in rules)
             lines.append(f"level {l + 1} -> {l}   {a:3} -> {tuples}")
         lines.append("")
     return "\n".join(lines)
 
 
 def draw_tree(levels, s):
-    """The first derivation in levels as text, the root on top, each symbol centred over its children."""
+    """The first derivation in levels as text, the root on top, each symbol centred over
+    its children."""
     L = len(levels) - 1
-    cell = len(str(max(int(h.max()) for h in levels))) + 1
-    center = [[(n + 0.5) * s**l * cell for n in range(s ** (L - l))] for l in range(L + 1)]  # column of each node
+    cell = 1 + max(len(str(int(h.max()))) for h in levels)  # columns for a token
     lines = []
     for l in reversed(range(L + 1)):
+        center = [int((n + 0.5) * s**l * cell) for n in range(s ** (L - l))]
         row = [" "] * (cell * s**L + cell)
-        for n, symbol in enumerate(levels[l][0].tolist()):
-            for k, character in enumerate(str(symbol)):
-                row[int(center[l][n]) + k] = character
+        for column, symbol in zip(center, levels[l][0].tolist()):
+            text = str(symbol)
+            row[column : column + len(text)] = text
         lines.append(f"level {l}  " + "".join(row).rstrip())
-        if l:
-            row = [" "] * (cell * s**L + cell)
-            for n in range(s ** (L - l)):
-                first, last = int(center[l - 1][n * s]), int(center[l - 1][n * s + s - 1])
-                row[first : last + 1] = "-" * (last - first + 1)
-                for k in range(s):
-                    row[int(center[l - 1][n * s + k])] = "+"
-            lines.append("         " + "".join(row).rstrip())
+        if l == 0:
+            break
+        row = [" "] * (cell * s**L + cell)
+        below = [int((n + 0.5) * s ** (l - 1) * cell) for n in range(s ** (L - l + 1))]
+        for n in range(0, len(below), s):                   # a line over each tuple
+            first, last = below[n], below[n + s - 1]
+            row[first : last + 1] = "-" * (last - first + 1)
+            for column in below[n : n + s]:
+                row[column] = "+"
+        lines.append("         " + "".join(row).rstrip())
     return "\n".join(lines)
 
 
 def sample_plainly(grammar, P, seed):
-    """The sampler that one would write first, one level at a time in int64: the yardstick of --bench."""
+    """The sampler in int64, in one piece: the yardstick of --bench. Uniform rules only."""
     random = torch.Generator().manual_seed(seed)
     levels = [torch.randint(grammar.v, (P, 1), generator=random)]
     for l in reversed(range(grammar.L)):
@@ -688,51 +909,128 @@ def sample_plainly(grammar, P, seed):
 
 
 def bench(grammar):
-    """Tokens per second of the sampler, of the plain one and of a memory copy, on one core: the best of five."""
+    """Tokens per second on one core, the best of five: the sampler, a plain one, a copy."""
     torch.set_num_threads(1)
     P = max(1, 2**24 // grammar.s**grammar.L)
     source = np.ones(P * grammar.s**grammar.L, np.uint8)
-    for name, work in (
-        ("this sampler", lambda: grammar.sample(P, 0)),
-        ("plain int64 sampler", lambda: sample_plainly(grammar, P, 0)),
-        ("memory copy", lambda: source.copy()),
-    ):
+    works = {
+        "this sampler": lambda: grammar.sample(P, 0),
+        "plain int64 sampler": lambda: sample_plainly(grammar, P, 0),
+        "memory copy": lambda: source.copy(),
+    }
+    for name, work in works.items():
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - start)
-        print(f"{name:20} {source.size / min(seconds) / 1e6:8.0f} million tokens per second")
+        speed = source.size / min(seconds) / 1e6
+        print(f"{name:20} {speed:8.0f} million tokens per second")
+
+
+def contrast_table(grammars):
+    """Grammar.contrast of several grammars of one size, root mean square over them: a list
+    of (target, level, contrast, P). level is the parents', 1..L-1; P is where sampling
+    noise is as large."""
+    found = [grammar.contrast() for grammar in grammars]
+    v, m, L = grammars[0].v, grammars[0].m, grammars[0].L
+    rows = []
+    for target in TARGETS:
+        for l in range(L - 1):
+            squares = [one[target][l] ** 2 for one in found]
+            contrast = math.sqrt(sum(squares) / len(squares))
+            P = v * m / contrast**2 if contrast else math.inf
+            rows.append((target, l + 1, contrast, P))
+    return rows
+
+
+def draw_contrast(rows, seeds, grammar):
+    """The rows of contrast_table as text."""
+    found = {(target, level): (contrast, P) for target, level, contrast, P in rows}
+    lines = [
+        f"{grammar}, {seeds} grammars: how far apart parents' contexts are, and at how many",
+        "strings P the sampling noise sqrt(v m / P) is as large",
+        "",
+        "level" + "".join(f"{target:>18}" for target in TARGETS),
+    ]
+    for level in range(1, grammar.L):
+        cells = [found[target, level] for target in TARGETS]
+        text = "".join(f"{contrast:9.3f} {P:8.3g}" for contrast, P in cells)
+        lines.append(f"{level:5}{text}")
+    return "\n".join(lines)
+
+
+def save_contrast(path, rows, seeds, grammar):
+    """Write the rows of contrast_table as CSV."""
+    sizes = [grammar.v, grammar.s, grammar.m, grammar.L, grammar.zipf, seeds]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow("v s m L zipf seeds target level contrast P".split())
+    for target, level, contrast, P in rows:
+        table.writerow([*sizes, target, level, f"{contrast:.6g}", f"{P:.6g}"])
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def save_strings(path, grammar, levels):
+    """Write levels, rules and zipf as an .npz, which Grammar.load reads the rules from."""
+    arrays = {f"level{l}": level.numpy() for l, level in enumerate(levels)}
+    arrays |= {f"rules{l}": rule.numpy() for l, rule in enumerate(grammar.rules)}
+    arrays["zipf"] = np.array(grammar.zipf)
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def main():
     parser = Parser(__doc__)
     add_grammar_flags(parser)
-    parser.add_argument("--samples", type=whole(1), default=1, help="P, derivations to draw (default 1)")
-    parser.add_argument("--save", metavar="FILE.npz", help="write level0..levelL and rules0.. as arrays to this file")
-    parser.add_argument("--bench", action="store_true", help="time the sampler instead")
+    add = parser.add_argument
+    add("--samples", type=whole(1), default=1, help="P, derivations to draw (default 1)")
+    add("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")
+    add("--save", metavar="FILE.npz", type=new_file, help="write strings, levels and rules")
+    add("--bench", action="store_true", help="time the sampler instead")
+    add("--contrast", action="store_true", help="how far apart parents' contexts are instead")
+    add("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
+    add("--csv", metavar="FILE", type=new_file, help="with --contrast: write it to a file")
     args = parser.parse_args()
-    grammar = grammar_from_flags(parser, args)
-    if args.bench:
-        return bench(grammar)
-    levels = grammar.sample(args.samples, args.seed)
-    if args.save:
-        arrays = {f"level{l}": h.numpy() for l, h in enumerate(levels)}
-        arrays |= {f"rules{l}": rule.numpy() for l, rule in enumerate(grammar.rules)}
-        try:
-            with open(args.save, "wb") as file:
-                np.savez_compressed(file, **arrays)
-        except OSError as error:
-            parser.error(f"argument --save: cannot write {args.save}: {error.strerror}")
-        return print(f"wrote {args.samples} strings of {grammar.s**grammar.L} tokens, their levels and the rules")
+    for flag in ("seeds", "csv"):
+        if getattr(args, flag) is not None and not args.contrast:
+            parser.error(f"argument --{flag}: only goes with --contrast")
+    try:
+        grammar = Grammar.load(args.load) if args.load else grammar_from_flags(parser, args)
+        if args.contrast:
+            return show_contrast(parser, args, grammar)
+        if args.bench:
+            return bench(grammar)
+        levels = grammar.sample(args.samples, args.seed)
+        if args.save:
+            save_strings(args.save, grammar, levels)
+            tokens = grammar.s**grammar.L
+            return print(f"wrote {args.samples} strings of {tokens} tokens, levels and rules")
+        spreads = [grammar.separation(l) for l in range(grammar.L - 1)]
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+
     print(draw_rules(grammar))
     if grammar.s**grammar.L <= 81:
         print(draw_tree(levels, grammar.s))
     else:
         print("one string:", *levels[0][0].tolist())
-    print(f"\nf = {grammar.f:.3g} of all tuples are used; how far apart the parents' contexts are, in sqrt(1-f)/m:")
-    for l in range(grammar.L - 1):
-        print(f"  parents on level {l + 1}: {grammar.separation(l):.2f}")
+    print(f"\nf = {grammar.f:.3g} of all tuples are used; how far apart the parents' contexts "
+          "are, in sqrt(1-f)/m:")
+    for l, spread_ in enumerate(spreads):
+        print(f"  parents on level {l + 1}: {spread_:.2f}")
+
+
+def show_contrast(parser, args, grammar):
+    grammars = [grammar]
+    for seed in range(args.seed + 1, args.seed + (args.seeds or 1)):
+        if args.load:
+            parser.error("argument --seeds: a loaded grammar is a single one")
+        sizes = args.v, args.s, args.m, args.depth
+        grammars.append(Grammar.random(*sizes, seed, args.zipf))
+    rows = contrast_table(grammars)
+    if args.csv:
+        save_contrast(args.csv, rows, len(grammars), grammar)
+    print(draw_contrast(rows, len(grammars), grammar))
 
 
 if __name__ == "__main__":
