@@ -169,13 +169,14 @@ class Network(nn.Module):
         self.sizes = {"s": s, "d": d, "hidden": hidden, "heads": heads}
         self.layers = nn.ModuleList(Module(R, s, d, hidden, shape) for shape in heads)
 
-    def forward(self, x, detach="none"):
+    def forward(self, x, detach="none", top=None):
         """x: (R, B, s^L) strings -> ([log phi of module l], [codes of level l]), l from 0 on.
 
-        There are L-1 log phi, and L codes (R, B, s^(L-l), d): the tokens, and what is learned."""
+        The codes of a level are (R, B, s^(L-l), d), those of level 0 the tokens. top: the last
+        level wanted, L-1 if None."""
         codes = [F.one_hot(x.long(), self.sizes["d"]).float()]
         log_phi = []
-        for module in self.layers:
+        for module in self.layers[:top]:
             below = codes[-1] if detach == "none" else codes[-1].detach()
             prediction, above = module(below, detach == "layers+clusterer")
             log_phi.append(prediction)
@@ -219,22 +220,21 @@ def heads_of(target, elements, s, L):
 
 
 def goal(target, codes, l, s, elements):
-    """What the tuples of level l shall be known by: (R, B, s^(L-l-1), E, d) for E elements.
+    """What the tuples of level l are known by: (R, B, s^(L-l-1), E, d), for E symbols.
 
-    codes: the teacher's, of all levels."""
-    tuples = codes[l].shape[2] // s
-    symbols = codes[l].unflatten(2, (tuples, -1))       # (R, B, tuples, s, d)
-    tokens = codes[0].unflatten(2, (tuples, -1))        # (R, B, tuples, s^(l+1), d)
-    parent = codes[l + 1].unsqueeze(3)                  # (R, B, tuples, 1, d)
-    if elements == "one":
-        symbols, tokens = symbols[..., :1, :], tokens[..., :1, :]
+    codes: the teacher's, of the levels from 0 on."""
+    n = codes[l].shape[2] // s
+
+    def below(h):
+        symbols = h.unflatten(2, (n, -1))               # (R, B, n, symbols under a tuple, d)
+        return symbols if elements == "all" else symbols[..., :1, :]
 
     if target == "latent":
-        return symbols
+        return below(codes[l])
     if target == "token":
-        return tokens
+        return below(codes[0])
     if target == "joint":
-        return torch.cat([symbols, parent], 3)
+        return torch.cat([below(codes[l]), codes[l + 1].unsqueeze(3)], 3)
 
 
 def prediction_loss(log_phi, goal, s):
@@ -283,6 +283,7 @@ def grouping(phi, v, noise):
     # seed, the one that leaves the least distance is the next seed
     near = torch.full((len(x), STARTS, n), 1e9, device=x.device)
     run = torch.arange(len(x), device=x.device)[:, None, None]
+    start = torch.arange(STARTS, device=x.device)[:, None]
     seeds = []
     for draw in noise.unbind(1):
         upto = near.cumsum(-1)                             # (K, STARTS, n)
@@ -290,18 +291,18 @@ def grouping(phi, v, noise):
         left = torch.minimum(near[:, :, None], distance[run, trials])   # (K, STARTS, TRIALS, n)
         best = left.sum(-1).argmin(-1, keepdim=True)       # (K, STARTS, 1)
         seeds.append(trials.gather(-1, best))
-        near = left.take_along_dim(best[..., None], 2).squeeze(2)
+        near = left[run, start, best].squeeze(2)           # (K, STARTS, n)
     seeds = torch.cat(seeds, -1).flatten(1)                # (K, STARTS v)
     parents = x[run[..., 0], seeds]                        # (K, STARTS v, D)
 
     for _ in range(ROUNDS):
-        likelihood = (x @ parents.log().mT).unflatten(-1, (STARTS, v))
-        member = F.one_hot(likelihood.argmax(-1), v).float().flatten(2)     # (K, n, STARTS v)
-        parents = member.mT @ x / member.sum(1)[..., None].clamp(min=1)
-    likelihood = (x @ parents.log().mT).unflatten(-1, (STARTS, v))
-    likelihood, group = likelihood.max(-1)                 # (K, n, STARTS)
-    best = likelihood.sum(1).argmax(-1)                    # (K,)
-    return group[run[:, 0, 0], :, best]
+        likelihood = (parents.log() @ x.mT).unflatten(1, (STARTS, v))       # (K, STARTS, v, n)
+        member = likelihood == likelihood.amax(2, keepdim=True)
+        member = member.flatten(1, 2).float()              # (K, STARTS v, n)
+        parents = member @ x / member.sum(-1, keepdim=True).clamp(min=1)
+    likelihood = (parents.log() @ x.mT).unflatten(1, (STARTS, v))
+    best = likelihood.amax(2).sum(-1).argmax(-1)           # (K,) the best start
+    return likelihood[run[:, 0, 0], best].argmax(1)        # (K, n)
 
 
 def similar(phi, threshold, centred):
@@ -317,14 +318,19 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     """Mean over all pairs of -log c_i.c_j where they are alike, and of separation times
     -log(1 - c_i.c_j) where they are not; and sparsity times the mean entropy of a code.
 
+    c_i.c_j is the chance that symbols drawn from the two codes are the same.
+
     codes: (..., n, d) soft codes; alike: (..., n, n) bool. Returns (...), one for each module.
     Our choice of form: unlike a squared distance the logarithm keeps a gradient between two codes
     that are both nearly one-hot, so that codes that split one symbol can still merge."""
     n = codes.shape[-2]
     overlap = codes @ codes.mT                             # (..., n, n)
-    loss = -torch.where(alike, (overlap + 0.01) / 1.01, 1.0001 - overlap).log()
-    weight = torch.where(alike, 1.0, separation) * (1 - torch.eye(n, device=codes.device))
-    loss = (weight * loss).flatten(-2).sum(-1) / (n * (n - 1))
+    alike = alike.float()                                  # torch.where is slow here
+    # the chance that the two symbols are the same, or different, as they should be; never 0
+    chance = 1.0001 - 0.9901 * alike + (2 * alike - 1) * overlap
+    weight = separation + (1 - separation) * alike
+    weight.diagonal(dim1=-2, dim2=-1).zero_()
+    loss = -(weight * chance.log()).flatten(-2).sum(-1) / (n * (n - 1))
     if sparsity:
         loss = loss + sparsity * entropy(codes).mean(-1)
     return loss
@@ -336,6 +342,7 @@ def losses(student, wanted, draw, v, target, options):
     wanted: the teacher's codes of the same strings."""
     log_phi, codes = student(draw.strings, options.detach)
     s = student.sizes["s"]
+    run = torch.arange(len(draw.strings), device=draw.strings.device)[:, None]
     predictions, gains, phi, items = [], [], [], []
     for l, guess in enumerate(log_phi):
         aim = goal(target, wanted, l, s, options.elements)
@@ -345,7 +352,7 @@ def losses(student, wanted, draw, v, target, options):
 
         # a few tuples of each string are enough for the clustering loss
         chosen = choose(draw.tuples[:, l], aim.shape[2])               # (R, n)
-        some = guess.detach().flatten(2).take_along_dim(chosen[..., None], 1).exp()
+        some = guess.detach().flatten(2)[run, chosen].exp()
         if target == "joint":
             # a cousin's parent tells more than its elements: they weigh as much together
             some = some.unflatten(-1, guess.shape[2:])
@@ -353,7 +360,7 @@ def losses(student, wanted, draw, v, target, options):
             some = some.flatten(2)
         phi.append(some)                                               # (R, n, heads d)
         above = codes[l + 1].flatten(1, 2)                             # (R, N, d)
-        items.append(above.take_along_dim(chosen[..., None], 1))       # (R, n, d)
+        items.append(above[run, chosen])                               # (R, n, d)
 
     widest = max(some.shape[-1] for some in phi)
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
@@ -422,6 +429,7 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
     # not fused: that one rounds the last few weights of a tensor in another way
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
     random = draws(xs, options.batch, v, L, generators)
+    top = {"token": 0, "latent": L - 2, "joint": L - 1}[target]    # the last level it teaches
     ended = {}
 
     for step in range(steps):
@@ -431,7 +439,7 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
 
         # the teacher reads the same strings, and nothing flows back into it
         with torch.no_grad():
-            wanted = teacher(draw.strings)[1]
+            wanted = teacher(draw.strings, top=top)[1]
         prediction, clustering = losses(student, wanted, draw, v, target, options)
         parts = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
         loss = parts.sum(1)                                # (R,) one loss for every run
