@@ -348,7 +348,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
         check_memory("starts", 20 * given.starts * tables * K * v, "k-means")
     else:
         check_memory("depth", 32 * tables * K * v, "the contexts")
-        held = K * max(12 * v, 8 * given.trials) + 8 * v * tables * v
+        held = K * max(16 * v, 8 * given.trials) + 8 * v * tables * v
         check_memory("restarts", given.restarts * held, "k-means")
 
 
