@@ -827,6 +827,11 @@ def pick_device(parser, name):
     return name
 
 
+def terminate(number, frame):
+    """What SIGTERM does: the same as Ctrl-C, with a name that tells them apart."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
 def run_script(main):
     """Call a script's main. What ends it from outside gives one line and no traceback:
     Ctrl-C or SIGTERM, a reader of the output that has gone (`| head`), a full disk, too
@@ -835,13 +840,13 @@ def run_script(main):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, terminate)
     program = os.path.basename(sys.argv[0])
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        code, line = 130, f"\n{program}: stopped"
+    except KeyboardInterrupt as stop:
+        code, line = 1 if stop.args else 130, f"\n{program}: stopped"
     except BrokenPipeError:
         # Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

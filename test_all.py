@@ -1261,105 +1261,299 @@ def test_best_of_several_maps_counts():
     assert examine(features, exam)[0][0] == examine(oracle, exam)[0][0] == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # sweep.py
+
+
+CELL = sweep.Cell("cluster", 8, 2, 3, 3, 0.0)
+
+
+def a_run(*accuracy, floor=None, diverged=0, device="cpu"):
+    score = grammar.Score(accuracy, (False,) * len(accuracy), floor, diverged)
+    return sweep.Run(score, 0.5, device)
+
+
+def a_ladder(accuracies, first=4):
+    """{P: Run} with these accuracies of level 2, P = 4, 8, 16, ..."""
+    return {first * 2**i: a_run(1.0, a) for i, a in enumerate(accuracies)}
 
 
 def test_crossing_on_a_known_curve():
     P = [2.0**k for k in range(4, 16)]
-    curve = [1 / (1 + math.exp(-3 * math.log2(p / 300))) for p in P]  # a logistic curve in log P: 0.5 at P = 300
+    curve = [1 / (1 + math.exp(-3 * math.log2(p / 300))) for p in P]  # logistic in log P, 0.5 at P = 300
     star, sign = sweep.crossing(P, curve, 0.5)
     assert sign == 0 and star == pytest.approx(300, rel=0.05)
-    assert sweep.crossing([8, 16, 32], [0.1, 0.4, 0.6], 0.5)[0] == pytest.approx(16 * 2**0.5)
-    assert sweep.crossing([8, 16, 32, 64], [0.1, 0.9, 0.1, 0.9], 0.5)[0] == pytest.approx(32 * 2**0.5)  # the last time
-    assert sweep.crossing([8, 16], [0.1, 0.4], 0.5) == (16, 1) and sweep.crossing([8, 16], [0.6, 0.4], 0.5) == (16, 1)
-    assert sweep.crossing([8, 16], [0.6, 0.7], 0.5) == (8, -1)
+    assert sweep.crossing([8, 16, 32, 64], [0.1, 0.4, 0.6, 0.9], 0.5)[0] == pytest.approx(16 * 2**0.5)
+    # one rung above the threshold proves nothing yet, and what comes after two in a row changes nothing
+    assert sweep.crossing([8, 16, 32, 64, 128], [0.1, 0.9, 0.1, 0.9, 0.9], 0.5) == (pytest.approx(32 * 2**0.5), 0)
+    assert sweep.crossing([8, 16, 32, 64], [0.1, 0.9, 0.9, 0.1], 0.5) == (pytest.approx(8 * 2**0.5), 0)
+    assert sweep.crossing([8, 16], [0.1, 0.4], 0.5) == (16, 1)
+    assert sweep.crossing([8, 16, 32], [0.1, 0.2, 0.6], 0.5) == (16, 1)
+    assert sweep.crossing([8, 16, 32], [0.6, 0.7, 0.1], 0.5) == (8, -1)
+
+
+def test_means_of_censored_seeds_are_bounds():
+    assert sweep.mean_star([(4.0, 0), (16.0, 0)]) == (pytest.approx(8), 0)
+    assert sweep.mean_star([(64.0, 1), (1024.0, 1)]) == (pytest.approx(256), 1)  # and not > 64
+    assert sweep.mean_star([(4.0, 0), (16.0, 1)]) == (pytest.approx(8), 1)
+    assert sweep.mean_star([(4.0, -1), (16.0, 1)])[1] is None
+    assert sweep.interval([(4.0, 0)]) is None and sweep.interval([(4.0, 0), (8.0, 1)]) is None
+    low, high = sweep.interval([(4.0, 0), (16.0, 0)])
+    assert low == pytest.approx(4) and high == pytest.approx(16)
+
+
+def test_slopes_know_what_a_bound_allows():
+    exact = {math.log(m): [(5.0 * m**2, 0)] * 2 for m in (2, 4, 8)}
+    assert sweep.slope(exact) == pytest.approx((2, 2, 2, 0))
+    grows = {3: [(100.0, 0)], 4: [(100.0, 0)], 5: [(400.0, 1)]}  # at least 400 at the deepest
+    assert sweep.slope(grows) == (pytest.approx(math.log(2)), None, None, 1)
+    assert sweep.slope({3: [(100.0, 1)], 4: [(100.0, 0)]}) is None  # a bound where it would lower the slope
+    assert sweep.slope({3: [(100.0, 0)], 4: [(200.0, 0)]})[1:3] == (None, None)  # one seed, no interval
+
+
+def test_a_ladder_ends_by_its_rules_and_not_by_the_cap():
+    ladder = [0.2, 0.95, 0.9, 0.96, 0.97]
+    assert sweep.climb(CELL, {}, 1000) == ([], 4, "not finished")
+    assert sweep.climb(CELL, a_ladder(ladder[:4]), 1000) == ([4, 8, 16, 32], 64, "not finished")
+    assert sweep.climb(CELL, a_ladder(ladder[:4]), 63) == ([4, 8, 16, 32], None, "beyond Pmax")
+    for beyond in ([], [0.1], [0.1] * 9):  # rungs that a longer ladder had do not count
+        assert sweep.climb(CELL, a_ladder(ladder + beyond), 2**20) == ([4, 8, 16, 32, 64], None, "")
+    network = sweep.Cell("predictor", 8, 2, 3, 3, 0.0)
+    flat = [0.3, 0.6, 0.62, 0.5, 0.64, 0.9, 0.9]
+    assert sweep.climb(network, a_ladder(flat, 64), 2**20)[1:] == (None, "limited by steps")
+    assert len(sweep.climb(network, a_ladder(flat, 64), 2**20)[0]) == 5  # three rungs after the .6
+    rising = [0.3, 0.6, 0.62, 0.5, 0.66]
+    assert sweep.climb(network, a_ladder(rising, 64), 2**20)[1:] == (2048, "not finished")
+    steps = 8 * 300 // 64  # too few to see 512 strings 8 times
+    short = network._replace(method=f"predictor:steps={steps}")
+    assert sweep.climb(short, a_ladder([0.1, 0.2, 0.1], 64), 2**20)[1:] == (None, "limited by steps")
+    deep = CELL._replace(L=20)
+    assert sweep.last_rung(deep)[1] == "limited by memory" and sweep.last_rung(deep)[0] < 2**15
+
+
+def test_methods_have_one_spelling():
+    for text, name in [
+        ("cluster-latent", "cluster"), ("predictor:hidden=64", "predictor"), ("data2vec:preset=tree", "data2vec"),
+        ("data2vec-token:steps=8000:mask=.15", "data2vec-token:steps=8000:mask=0.15"),
+        ("data2vec:mask-block=top", "data2vec:mask_block=top"),
+    ]:
+        assert sweep.read_method(text).name == name == sweep.read_method(name).name
+    assert sweep.read_method("predictor-token:steps=3200").settings.steps == 3200
+    for text, hint in [("clutser", "cluster"), ("cluster-leaf", "cluster-"), ("predictor:step=3", "steps"),
+                       ("predictor:steps=x", "steps"), ("predictor:steps", "name=value"), ("", "cluster"),
+                       ("predictor:steps=4:steps=5", "once"), ("predictor:ema=2", "ema")]:
+        with pytest.raises(ValueError, match=hint):
+            sweep.read_method(text)
 
 
 def test_summary_of_known_ladders():
-    runs = {}
-    for L, seed in itertools.product((3, 4, 5), range(4)):  # P* exactly 100 * 3^L, and one method that never gets there
-        star = 100 * 3.0**L
-        runs[sweep.Ladder("cluster-token", 8, 2, 3, L, seed)] = {star / 2: [0.0] * L, star * 2: [1.0] * L}
-        runs[sweep.Ladder("cluster", 8, 2, 3, L, seed)] = {64: [0.2], 128: [0.3] if seed else [0.9]}
-    rows, text = sweep.summarise(runs)
-    assert [row[5] for row in rows] == ["> 128"] * 3 + ["2700", "8100", "24300"]
-    assert [row[11] for row in rows] == [3, 3, 3, 0, 0, 0]
-    assert "3.00 [3.00, 3.00], L = 3..5 | m = 3" in text and "> 128 (3 of 4 seeds)" in text
-    slope = sweep.fit({np.log(m): [5.0 * m**2, 5.0 * m**2] for m in (2, 4, 8)})
-    assert slope == pytest.approx((2, 2, 2))
+    """P* of the token's ladders is 100 * 3^L by construction; the others have bounds of every kind."""
+    def ladder(star, top=1.0):
+        return {P: a_run(*[1.0] * (L - 2), top * (P > star)) for P in map(float, (star / 4, star * 4, star * 16))}
+
+    runs, climb = {}, sweep.climb
+    for L, seed in itertools.product((3, 4, 5), range(4)):
+        cell = sweep.Cell("cluster-token", 8, 2, 3, L, 0.0)
+        runs[sweep.Ladder(cell, seed)] = ladder(100 * 3.0**L)
+    try:
+        sweep.climb = lambda cell, runs, cap: (sorted(runs), None, "")
+        rows = sweep.summarise(runs, {})
+        text = sweep.markdown_tables(rows, []) + sweep.printed_tables(rows, [])
+    finally:
+        sweep.climb = climb
+    assert [sweep.star_text(found.P50) for found in rows.values()] == ["2700", "8100", "24300"]
+    assert "3.00 [3.00, 3.00] 3..5 | m |" in text and "| 2700 [2700, 2700] |" in text
+
+    floors = {P: a_run(0.3, 0.2, 0.1, floor=(0.1, 0.2, 0.6)) for P in (128, 256, 512)}
+    runs = {
+        sweep.Ladder(CELL, 0): a_ladder([0.2, 0.3]), sweep.Ladder(CELL, 1): a_ladder([0.2, 0.9, 0.9]),
+        sweep.Ladder(CELL._replace(method="data2vec"), 0): floors,
+    }
+    found = sweep.summarise(runs, {CELL: 1024})
+    left_out = CELL._replace(method="data2vec-token", L=5)
+    text = sweep.printed_tables(found, [left_out])
+    assert found[CELL, "tree"].status == "not finished"  # P* > 32 for one reason, and not for another
+    assert sweep.summarise(runs, {CELL: 8})[CELL, "tree"].status == "not finished"  # seed 0 stopped short of seed 1
+    assert found[CELL._replace(method="data2vec"), "root"].P50 == [(512.0, 1)]
+    assert "not run: --methods data2vec-token --depth 5" in text and "!  untrained above 0.5" in text
+    assert "data2vec, root" in text and ">512!" in text
+    assert "one seed" in sweep.markdown_tables(found, [])
+    rows = [sweep.table_row(cell, found) for cell in (CELL, CELL._replace(method="data2vec"), left_out)]
+    assert [row["status"] for row in rows] == ["not finished", "beyond Pmax", "not run"]
+    assert rows[1]["root_floor"] == "0.600" and rows[1]["floor"] == "0.200" and "P50" not in rows[2]
 
 
-def test_ladder_ends_after_two_recovered_rungs():
-    ladder = sweep.Ladder("cluster", 8, 2, 4, 3, 0)
-    assert sweep.next_rung(ladder, {}, 1000) == 8
-    runs = {8: [0.2, 0.1], 16: [0.9, 0.95], 32: [0.9, 0.9], 64: [1, 0.96]}
-    assert sweep.next_rung(ladder, runs, 1000) == 128 and sweep.next_rung(ladder, runs, 127) is None
-    assert sweep.next_rung(ladder, runs | {128: [1, 1]}, 1000) is None
+SMALL = "--depth 2,3 --seeds 2 --methods cluster,cluster-root --m 4 --max-samples 4096 --device cpu".split()
 
 
-SMALL = "--depth 2,3 --seeds 2 --methods cluster,cluster-root --max-samples 4096 --device cpu".split()
+def start_sweep(out, *more):
+    command = [sys.executable, "sweep.py", *SMALL, "--jobs", "1", *more, "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=HERE, **pipes)
 
 
-def run_sweep(out, **arguments):
-    command = [sys.executable, "sweep.py", *SMALL, "--out", str(out)]
-    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **arguments)
+def wait_for_runs(out, sweeps):
+    while sweeps.poll() is None and sum(f.stat().st_size for f in out.glob("runs/*.csv")) < 500:
+        time.sleep(0.02)
 
 
-def without_seconds(out):
+def rows_without_seconds(out):
     with open(out / "runs.csv", newline="") as file:
         return [{k: x for k, x in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-def test_killed_and_resumed_sweep_gives_the_same_bytes(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    straight, broken = run_sweep(whole), run_sweep(killed)
-    while broken.poll() is None and not (killed / "runs.csv").exists() or (killed / "runs.csv").stat().st_size < 500:
-        time.sleep(0.02)
-    broken.kill()
-    broken.communicate()
-    assert straight.communicate() and straight.returncode == 0
-    with open(killed / "runs.csv", "a") as file:
-        file.write("cluster,8,2,4,3,64,1,1,0.5")  # as if killed while writing
-    before = (killed / "runs.csv").read_text().splitlines()
-    resumed = run_sweep(killed)
-    out, _ = resumed.communicate()
-    assert resumed.returncode == 0 and "growth per level" in out
-    assert set(before[:-1]) <= set((killed / "runs.csv").read_text().splitlines())  # finished runs were not done again
-    assert without_seconds(whole) == without_seconds(killed)
+def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_path):
+    """One straight through; one killed and torn while writing, then stopped, then finished by two at once."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    straight, killed = start_sweep(whole), start_sweep(broken)
+    wait_for_runs(broken, killed)
+    killed.kill()
+    killed.communicate()
+    (torn,) = (broken / "runs").glob("*.csv")
+    with open(torn, "a") as file:
+        file.write("cluster,8,2,4,3,0,64,1,2,0.5,,0.1,cpu,\ncluster,8,2,4,3,0,64,1,1,0.")
+    before = torn.read_bytes()
+    stopped = start_sweep(broken)
+    wait_for_runs(broken, stopped)
+    stopped.terminate()
+    said = stopped.communicate()[1]
+    if sys.platform != "win32":
+        assert stopped.returncode == 1 and "the same command continues" in said and "Traceback" not in said
+    both = [start_sweep(broken), start_sweep(broken, "--seeds", "1")]
+    for done in (straight, *both):
+        out, said = done.communicate()
+        assert done.returncode == 0 and "growth a level" in out and "Traceback" not in said, said
+    assert torn.read_bytes() == before  # nobody writes into another's file
+    assert rows_without_seconds(whole) == rows_without_seconds(broken)
     for name in ("samples_vs_depth.csv", "samples_vs_depth.md", "settings.json", "samples_vs_depth.png"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
-    for folder in (whole, killed):
-        assert not list(folder.glob("*.part"))
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    assert not list(tmp_path.rglob("*.part"))
 
 
-def test_another_sweep_may_end_in_the_same_folder_meanwhile(tmp_path, monkeypatch):
-    ladders = [sweep.Ladder("cluster", 8, 2, 4, 2, seed) for seed in range(2)]
-    runs, theirs = sweep.open_folder(tmp_path, ["cluster"]), "cluster,8,2,4,2,8,9,1,0.500000,0.001,cpu,0\n"
+def sweep_here(monkeypatch, capsys, out, *flags):
+    """A sweep in this process. Returns (exit code, what it printed, what it complained of)."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags, "--jobs", "1", "--device", "cpu", "--out", str(out)])
+    monkeypatch.setattr(sweep, "draw", lambda out: None)
+    code = 0
+    try:
+        sweep.main()
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
-    def their_end(out, runs):  # it sorts the file, and puts the sorted one in its place
-        sweep.replace(out / "runs.csv", (out / "runs.csv").read_text() + theirs)
 
-    monkeypatch.setattr(sweep, "write_summary", their_end)
-    sweep.sweep(ladders, runs, tmp_path, 64, "cpu", 1)
-    found, text = sweep.read_runs((tmp_path / "runs.csv").read_text())
-    assert theirs in text and {a: found[a] for a in ladders} == runs
+def half_learned(grammars, samples, seeds, target="latent", device="cpu"):
+    """A learner that knows each level with the share P / 64, and diverges with seed 1 and P = 32."""
+    scores = []
+    for g, P, seed in zip(grammars, samples, seeds):
+        accuracy = [min(1.0, P / 64)] * g.L
+        diverged = 37 if (P, seed) == (32, 1) else 0
+        scores.append(grammar.Score([0.0] * g.L if diverged else accuracy, [False] * g.L, [0.1] * g.L, diverged))
+    return scores
+
+
+def test_a_new_learner_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sweep.LEARNERS, "mine", sweep.Learner(half_learned))
+    flags = "--methods mine --depth 3,4 --seeds 2".split()
+    code, out, _ = sweep_here(monkeypatch, capsys, tmp_path, *flags)
+    assert code == 0 and "mine, root" in out
+    assert "mine L=3 m=3 P=32 seed 1: loss not finite at step 37; counts as not recovered" in out
+    marked = [row for row in rows_without_seconds(tmp_path) if row["mark"] == "diverged@37"]
+    assert len(marked) == 3 + 4 and {row["accuracy"] for row in marked} == {"0.000000"}
+    before = files(tmp_path)
+    code, out, _ = sweep_here(monkeypatch, capsys, tmp_path, *flags)  # all is there
+    assert code == 0 and "mine, root" in out and files(tmp_path) == before
+    monkeypatch.delitem(sweep.LEARNERS, "mine")
+    sweep.read_method.cache_clear()
+    code, _, said = sweep_here(monkeypatch, capsys, tmp_path, "--methods", "cluster", "--depth", "2")
+    assert code == 2 and "line 2" in said and "'mine'" in said and files(tmp_path) == before
+
+
+@pytest.mark.parametrize("error, code", [
+    (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130), (KeyboardInterrupt("SIGTERM"), 1),
+    (sweep.BrokenProcessPool(), 1), (MemoryError(), 1),
+])
+def test_what_ends_a_sweep_from_outside_gets_one_line(error, code, tmp_path, monkeypatch, capsys):
+    append, calls = sweep.Folder.append, []
+
+    def fail_at_the_third(folder, cell, found):
+        calls.append(found)
+        if len(calls) == 3:
+            raise error
+        append(folder, cell, found)
+
+    monkeypatch.setattr(sweep.Folder, "append", fail_at_the_third)
+    got, _, said = sweep_here(monkeypatch, capsys, tmp_path, *SMALL[:4], "--methods", "cluster")
+    assert got == code and "2 finished runs are safe" in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_no_picture_is_a_reason_to_fail(tmp_path, monkeypatch, capsys):
+    def fail(out):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr(plot, "draw", fail)
+    sweep.draw(tmp_path)
+    assert capsys.readouterr().out == "no picture: no fonts\n"
 
 
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+OLD = ",".join(sweep.OLD_COLUMNS) + "\ncluster-cousins,8,2,4,2,4,0,1,0.5,0.001,cpu,0\ncluster,8,2,4,2,8,0,1,1,2,cpu,1\n"
+NEW = ",".join(sweep.COLUMNS) + "\ncluster,8,2,4,3,0,8,0,1,0.5,,1,cuda:1,\ncluster,8,2,4,3,0,8,0,2,0.5,,1,cuda:1,\n"
+MINE = json.dumps({"sweep": {"format": 1, "recovered": 0.95, "rung": 2}, "cluster": {"restarts": 64}})
+
+
+def test_folders_of_the_old_form_and_of_other_devices_are_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "settings.json").write_text(MINE)
+    (tmp_path / "runs.csv").write_text(OLD)
+    code, _, _ = sweep_here(monkeypatch, capsys, tmp_path, "--methods", "cluster-root", "--depth", "2", "--seeds", "1")
+    rows = rows_without_seconds(tmp_path)
+    assert code == 0 and {"cluster", "cluster-root", "cluster:positions=cousins"} == {row["method"] for row in rows}
+    assert [row["mark"] for row in rows if row["method"] == "cluster"] == ["collapsed"]
+    (tmp_path / "runs" / "another.csv").write_text(NEW)
+    code, out, _ = sweep_here(monkeypatch, capsys, tmp_path, "--methods", "cluster-root", "--depth", "2")
+    assert code == 0 and "cpu, cuda:1" in out
+    assert sum(row["device"] == "cuda:1" for row in rows_without_seconds(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("runs, settings, reason", [
+    ("a,b\n1,2\n", MINE, "columns"), (NEW.replace(",mark", ""), MINE, "columns"), ("\x00\xff", MINE, "read"),
+    (NEW.replace("cluster,", "clusters,"), MINE, "line 2"), (NEW.replace("0.5,,1", "0.5,,1,"), MINE, "line 2"),
+    (NEW.replace(",8,0,1,", ",-8,0,1,"), MINE, "line 2"), (NEW.replace(",0,8,0,1,", ",0,9,0,1,"), MINE, "no rung"),
+    (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "m = 0"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
+    (NEW.replace("2,4,3,0", "2,4,1,0"), MINE, "line 2"), (NEW.replace("0.5", "1.5"), MINE, "line 2"),
+    (NEW.replace("cuda:1", "toaster"), MINE, "toaster"), (NEW.replace(",8,0,1,", ",8,0,4,"), MINE, "line 2"),
+    (NEW + "cluster,8,2,4,3,0,16,0,2,.5,,1,cpu,\ncluster,8,2,4,3,0,32,0,2,.5,,1,cpu,\n", MINE, "line 5"),
+    (NEW, None, "settings.json"), (NEW, "{", "settings.json"), (NEW, "[1]", "settings.json"), (NEW, '"abc"', "settings"),
+    (NEW, '{"name": "my-app"}', "settings.json"), (NEW, "[" * 100000, "settings.json"), (NEW, '{"sweep": 7}', "settings"),
+    (NEW, MINE.replace('"rung": 2', '"rung": 3'), "rung"), (NEW, MINE.replace("64", "65"), "restarts"),
+])
+def test_foreign_results_are_refused_and_left_alone(runs, settings, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs.csv").write_bytes(runs.encode("latin-1"))
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    before = files(tmp_path)
+    code, _, said = sweep_here(monkeypatch, capsys, tmp_path, *SMALL[:4])
+    assert code == 2 and said.count("\n") == 1 and "--out" in said and reason in said
+    assert files(tmp_path) == before
+
+
 BAD = """
-    sweep --m 9 | --m 0 | --m 4..x | --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40 | --v 1 | --v 300
-    sweep --m 1 --methods data2vec
-    sweep --s 1 | --s 62 | --seeds 0 | --max-samples 0 | --max-samples 4 | --device tpu | --device cuda | --jobs 0
-    sweep --seed 3 | --methods cluster,magic | --out FILE
-    cluster --samples 0 | --depth 1 | --m 9 | --target leaf | --device tpu | --v two
-    predictor --samples 0 | --codes 3 | --target root | --lr x | --ema 2 | --steps 0 | --m 9
-    data2vec --target labels | --mask 1.5 | --mask-block 3 | --mask-block x | --m 1 | --save NOWHERE/x.pt | --steps 0
-    data2vec --preset gpu | --lr nan | --width 30 --preset transformer
-    grammar --m 9 | --samples -1 | --save NOWHERE/x.npz
+    sweep --m 9 | --m 0 | --m 4..x | --m 1..2147483647 | --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40
+    sweep --depth 2..2147483647 | --v 1 | --v 300 | --s 1 | --s 62 | --seeds 0 | --seeds 2147483647 | --seed 3
+    sweep --max-samples 0 | --max-samples 2 | --max-samples ² | --device tpu | --device cuda:99 | --jobs 0 | --zipf -1
+    sweep --methods cluster,magic | --methods predictor:steps=0 | --methods data2vec:steps=9 | --out FILE | --out ""
+    sweep --methods data2vec --m 1 | --methods cluster-joint --v 256 --m 256
+    cluster --samples 0 | --depth 1 | --m 9 | --target leaf | --device tpu | --v two | --depth 24 --samples 1
+    cluster --samples 2147483647
+    predictor --samples 0 | --codes 3 | --target root | --lr x | --ema 2 | --steps 0 | --m 9 | --hidden 2147483647
+    predictor --samples 2147483647
+    data2vec --target labels | --mask 1.5 | --mask-block 3 | --mask-block Top | --m 1 | --save NOWHERE/x.pt | --steps 0
+    data2vec --preset gpu | --lr nan | --width 30 --preset transformer | --samples 2147483647 | --batch 2147483647
+    grammar --m 9 | --samples -1 | --save NOWHERE/x.npz | --samples 2147483647
     plot NOWHERE | NOWHERE/trace.csv
 """
 BAD = [(line.split()[0], flag) for line in BAD.strip().splitlines() for flag in line.split(None, 1)[1].split(" | ")]
@@ -1367,40 +1561,16 @@ BAD = [(line.split()[0], flag) for line in BAD.strip().splitlines() for flag in 
 
 @pytest.mark.parametrize("script, arguments", BAD)
 def test_bad_input_gets_one_line(script, arguments, tmp_path, monkeypatch, capsys):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("the device is there")
     (tmp_path / "file").write_text("mine")
-    flag = arguments.split()[0] if arguments[0] == "-" else "out"
+    flag = arguments.split()[0] if arguments[0] == "-" else ""
     arguments = arguments.replace("FILE", str(tmp_path / "file")).replace("NOWHERE", str(tmp_path / "nowhere"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(arguments)])
     with pytest.raises(SystemExit) as end:
         sys.modules[script].main()
     said = capsys.readouterr()
     assert end.value.code == 2 and said.err.count("\n") == 1 and flag in said.err and not said.out
     assert files(tmp_path) == {tmp_path / "file": b"mine"}
-
-
-GOOD = ",".join(sweep.COLUMNS) + "\ncluster,8,2,4,2,8,0,1,0.5,0.001,cpu,0\n"
-MINE = json.dumps({name: sweep.SETTINGS[name] for name in ("sweep", "cluster")})
-
-
-@pytest.mark.parametrize("runs, settings", [
-    ("a,b\n1,2\n", MINE), (GOOD.replace(",collapsed", ""), MINE), (GOOD + GOOD.splitlines()[1][:-4] + "\n", MINE),
-    (GOOD + GOOD.splitlines()[1].replace(",0,1,", ",0,2,") + "\n", MINE), (GOOD + "nonsense\n", MINE),
-    ("\x00\xff", MINE), (GOOD, None), (GOOD, "{"), (GOOD, "7"), (GOOD, '{"sweep": {"rung": 3}}'),
-])
-def test_foreign_results_are_refused_and_left_alone(runs, settings, tmp_path, monkeypatch, capsys):
-    (tmp_path / "runs.csv").write_bytes(runs.encode("latin-1"))
-    if settings is not None:
-        (tmp_path / "settings.json").write_text(settings)
-    before = files(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *SMALL, "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        sweep.main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and "--out" in said
-    assert files(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
