@@ -1025,7 +1025,8 @@ def test_traces_become_one_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
     plot.main()
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
-    in_order = [{"step": 1, "unseen 1": 0.6, "unseen 2": 0.1}, {"step": 2, "unseen 1": 0.6, "unseen 2": 0.7}]
+    in_order = [{"step": 1, "unseen 1": 0.6, "unseen 2": 0.1},
+                {"step": 2, "unseen 1": 0.6, "unseen 2": 0.7}]
     assert plot.one_after_the_other(in_order, "unseen")
     assert not plot.one_after_the_other(in_order[1:], "unseen")  # both at once
 
@@ -1033,7 +1034,8 @@ def test_traces_become_one_picture(tmp_path, monkeypatch):
 def test_contrast_names_every_target_and_its_change(tmp_path):
     rows = [f"8,2,3,4,0,5,{target},{l},{0.5**(l * (target == 'token'))},9\n"
             for target in ("latent", "token", "other") for l in (1, 2, 3)]
-    kind, rows = table(tmp_path, "v,s,m,L,zipf,seeds,target,level,contrast,P\n" + "".join(rows), "contrast.csv")
+    header = "v,s,m,L,zipf,seeds,target,level,contrast,P\n"
+    kind, rows = table(tmp_path, header + "".join(rows), "contrast.csv")
     axis, = plot.draw_contrast(rows).axes
     names = [text.get_text() for text in axis.texts]
     assert kind == "contrast" and sorted(names) == ["other", "own latents", "tokens"]
