@@ -532,6 +532,7 @@ def draw_ladders(axis, rows, several, scale, theirs):
         axis.plot(theirs[m] / scale(m), 0.5, **look)
     axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xscale="log", ylim=(-0.02, 1.05))
+    axis.minorticks_off()
 
 
 def draw_collapse(runs, depth, paper):
@@ -771,8 +772,8 @@ def run_script():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        name = error.filename2 or error.filename
-        reason = f"{name}: {error.strerror}" if name else error
+        name = error.filename2 or error.filename or "output"
+        reason = f"{name}: {error.strerror}" if error.strerror else error
         print(f"plot.py: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
 

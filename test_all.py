@@ -1584,8 +1584,6 @@ TRACE = "step,loss,unseen 1,unseen 2,synonyms 1,synonyms 2\n"
 ALL_CELLS = STARS + """\
 cluster-first,8,2,3,3,0,229,200,260,500,,,5,
 cluster-first,8,2,3,4,0,250,220,280,500,,,5,
-cluster-first,8,2,4,3,0,540,500,600,900,,,5,
-cluster-first,8,2,5,3,0,990,900,1100,2000,,,5,
 cluster-token,8,2,3,3,0,"> 4096",,,,,,5,beyond Pmax
 cluster-token,8,2,3,4,0,"> 4096",,,,,,5,not finished
 mine-token,8,2,3,3,0,"< 16",,,,"> 512",0.6,1,below Pmin
@@ -1635,8 +1633,7 @@ def test_spread_over_m_is_zero_for_its_law_alone():
 
 def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     kind, rows = table(tmp_path, ALL_CELLS)
-    panels = [panel for panel in plot.panels_of(rows) if panel[0] == (8, 2, 3, 0)]
-    tree, root = [curves for _, _, curves in panels]
+    tree, root = [curves for _, _, curves in plot.panels_of(rows)]
     assert kind == "depth" and list(root) == ["mine-token"]
     assert list(tree) == ["cluster-first", "cluster-token", "mine-token",
                           "data2vec-token:mask=0.15:steps=8000"]  # and none for what was not run
@@ -1678,7 +1675,7 @@ def test_plot_checks_all_files_before_it_draws(name, text, said, tmp_path):
 
 def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_path):
     (tmp_path / "samples_vs_depth.csv").write_text(ALL_CELLS)
-    ladders = [f"cluster-first,8,2,{m},3,0,{P},0,2,{P > 400}\n" for m in (3, 4, 5) for P in (256, 512)]
+    ladders = [f"cluster-first,8,2,{m},3,0,{P},0,2,{P > 400}\n" for m in (3, 4) for P in (256, 512)]
     ladders = "".join(ladders).replace("True", "1").replace("False", "0.1")
     (tmp_path / "runs.csv").write_text(RUNS + ladders)
     environment = os.environ | {"MPLBACKEND": "nonsense"}
@@ -1687,7 +1684,8 @@ def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_
     assert done.returncode == 0 and not done.stderr and done.stdout.count("wrote") == 2
     first = files(tmp_path)
     assert len(first) == 4
-    assert plot.draw(tmp_path) == [tmp_path / "samples_vs_depth.png", tmp_path / "collapse.png"]
+    picture = tmp_path / "samples_vs_depth.png"
+    assert plot.draw(tmp_path / "samples_vs_depth.csv") == [picture]
     assert files(tmp_path) == first
 
 
@@ -1697,7 +1695,8 @@ def test_traces_become_one_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
     plot.main()
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
-    in_order = [{"step": 1, "unseen 1": 0.6, "unseen 2": 0.1}, {"step": 2, "unseen 1": 0.6, "unseen 2": 0.7}]
+    in_order = [{"step": 1, "unseen 1": 0.6, "unseen 2": 0.1},
+                {"step": 2, "unseen 1": 0.6, "unseen 2": 0.7}]
     assert plot.one_after_the_other(in_order, "unseen")
     assert not plot.one_after_the_other(in_order[1:], "unseen")  # both at once
 
@@ -1705,7 +1704,8 @@ def test_traces_become_one_picture(tmp_path, monkeypatch):
 def test_contrast_names_every_target_and_its_change(tmp_path):
     rows = [f"8,2,3,4,0,5,{target},{l},{0.5**(l * (target == 'token'))},9\n"
             for target in ("latent", "token", "other") for l in (1, 2, 3)]
-    kind, rows = table(tmp_path, "v,s,m,L,zipf,seeds,target,level,contrast,P\n" + "".join(rows), "contrast.csv")
+    header = "v,s,m,L,zipf,seeds,target,level,contrast,P\n"
+    kind, rows = table(tmp_path, header + "".join(rows), "contrast.csv")
     axis, = plot.draw_contrast(rows).axes
     names = [text.get_text() for text in axis.texts]
     assert kind == "contrast" and sorted(names) == ["other", "own latents", "tokens"]
