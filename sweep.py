@@ -257,12 +257,10 @@ def crossing(P, accuracy, threshold):
     P, accuracy: equally long lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1
     and the lowest rung if P* is smaller; 1 and the last rung below the threshold if it is larger."""
     above = [a >= threshold for a in accuracy]
-    if all(above):
+    if all(above) or all(above[:2]):
         return float(P[0]), -1
     for i in range(1, len(P) - 1):
         if above[i] and above[i + 1]:
-            if above[0] and all(above[:i]):
-                return float(P[0]), -1
             share = (threshold - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
             return float(P[i - 1] * (P[i] / P[i - 1]) ** share), 0
     return float(max(p for p, a in zip(P, above) if not a)), 1
@@ -431,7 +429,7 @@ def slope_text(points, scale):
 
 def table_row(cell, measures):
     """A row of samples_vs_depth.csv as {column: value}."""
-    row = dict(zip(TABLE, cell)) | {"status": "not run"}
+    row = dict(zip(TABLE, cell)) | {"seeds": 0, "status": "not run"}
     for part, prefix in (("tree", ""), ("root", "root_")):
         found = measures.get((cell, part))
         if found:
@@ -811,7 +809,7 @@ def read_runs(file):
             key, level, values = read_row(row)
             if last not in (None, key) and not set(range(1, last[0].cell.L)) <= set(found[last]):
                 raise ValueError("the run before it is not whole")
-        except (ValueError, ArgumentTypeError, StopIteration, csv.Error) as error:
+        except (ValueError, StopIteration, csv.Error) as error:
             reason = f"line {number} cannot be used: {error}"
             raise Refused(f"has a {file.name} whose {reason}") from None
         found.setdefault(key, {}).setdefault(level, values)
@@ -827,24 +825,32 @@ def read_runs(file):
 
 
 def read_row(row):
-    """{column: text} -> ((Ladder, P), level, values). Raises ValueError or ArgumentTypeError."""
+    """{column: text} -> ((Ladder, P), level, values). Raises ValueError."""
+
+    def value(column, kind):
+        try:
+            return kind(row[column])
+        except ArgumentTypeError as error:
+            raise ValueError(f"{column} {error}") from None
+
     name = OLD_NAMES.get(row["method"], row["method"])
     if read_method(name).name != name:
         raise ValueError(f"the method is written {read_method(name).name!r}")
-    v, s, m, L = (whole(1)(row[column]) for column in "vsmL")
+    v, s, m, L = (value(column, whole(1)) for column in "vsmL")
     check_sizes(v, s, m, L)
-    cell = Cell(name, v, s, m, L, real(0, 10)(row.get("zipf", "0")))
-    P, level = whole(1, 2**40)(row["P"]), whole(1, L)(row["level"])
+    cell = Cell(name, v, s, m, L, value("zipf", real(0, 10)) if "zipf" in row else 0.0)
+    ladder = Ladder(cell, value("seed", whole(0)))
+    P, level = value("P", whole(1, 2**40)), value("level", whole(1, L))
     if P < first_rung(cell) or P & (P - 1):
         raise ValueError(f"P = {P} is no rung: a power of 2 from {first_rung(cell)} on")
-    accuracy, seconds = real(0, 1)(row["accuracy"]), real(0, 1e9)(row["seconds"])
-    floor = real(0, 1)(row["floor"]) if row.get("floor") else None
-    mark = row.get("mark", {"0": "", "1": "collapsed"}.get(row.get("collapsed"), "?"))
+    accuracy, seconds = value("accuracy", real(0, 1)), value("seconds", real(0, 1e9))
+    floor = value("floor", real(0, 1)) if row.get("floor") else None
+    mark = row["mark"] if "mark" in row else {"0": "", "1": "collapsed"}.get(row["collapsed"], "?")
     known = re.fullmatch(r"|collapsed|diverged@(\d{1,12})", mark)
     if not known or not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", row["device"]):
         raise ValueError(f"device {row['device'][:20]!r}, mark {mark[:20]!r}")
-    rest = int(known[1] or 0), seconds, row["device"]
-    return (Ladder(cell, whole(0)(row["seed"])), P), level, (accuracy, mark == "collapsed", floor, rest)
+    run = int(known[1] or 0), seconds, row["device"]
+    return (ladder, P), level, (accuracy, mark == "collapsed", floor, run)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1373,7 +1373,7 @@ def test_summary_of_known_ladders():
     left_out = CELL._replace(method="data2vec-token", L=5)
     text = sweep.printed_tables(found, [left_out])
     assert found[CELL, "tree"].status == "not finished"  # P* > 32 for one reason, and not for another
-    assert sweep.summarise(runs, {CELL: 8})[CELL, "tree"].status == "not finished"  # seed 0 stopped short of seed 1
+    assert sweep.summarise(runs, {})[CELL, "tree"].status == "not finished"  # seed 0 stopped short of seed 1
     assert found[CELL._replace(method="data2vec"), "root"].P50 == [(512.0, 1)]
     assert "not run: --methods data2vec-token --depth 5" in text and "!  untrained above 0.5" in text
     assert "data2vec, root" in text and ">512!" in text
@@ -1392,8 +1392,12 @@ def start_sweep(out, *more):
     return subprocess.Popen(command, cwd=HERE, **pipes)
 
 
-def wait_for_runs(out, sweeps):
-    while sweeps.poll() is None and sum(f.stat().st_size for f in out.glob("runs/*.csv")) < 500:
+def wait_for_runs(out, process, files):
+    """Until so many files of runs are there, and the last has a few."""
+    while process.poll() is None:
+        sizes = [file.stat().st_size for file in out.glob("runs/*.csv")]
+        if len(sizes) == files and min(sizes) > 200:
+            break
         time.sleep(0.02)
 
 
@@ -1406,7 +1410,7 @@ def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_pat
     """One straight through; one killed and torn while writing, then stopped, then finished by two at once."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     straight, killed = start_sweep(whole), start_sweep(broken)
-    wait_for_runs(broken, killed)
+    wait_for_runs(broken, killed, 1)
     killed.kill()
     killed.communicate()
     (torn,) = (broken / "runs").glob("*.csv")
@@ -1414,7 +1418,7 @@ def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_pat
         file.write("cluster,8,2,4,3,0,64,1,2,0.5,,0.1,cpu,\ncluster,8,2,4,3,0,64,1,1,0.")
     before = torn.read_bytes()
     stopped = start_sweep(broken)
-    wait_for_runs(broken, stopped)
+    wait_for_runs(broken, stopped, 2)
     stopped.terminate()
     said = stopped.communicate()[1]
     if sys.platform != "win32":
@@ -1501,7 +1505,7 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-OLD = ",".join(sweep.OLD_COLUMNS) + "\ncluster-cousins,8,2,4,2,4,0,1,0.5,0.001,cpu,0\ncluster,8,2,4,2,8,0,1,1,2,cpu,1\n"
+OLD = ",".join(sweep.OLD_COLUMNS) + "\ncluster-cousins,8,2,4,2,8,0,1,0.5,0.001,cpu,0\ncluster,8,2,4,2,8,0,1,1,2,cpu,1\n"
 NEW = ",".join(sweep.COLUMNS) + "\ncluster,8,2,4,3,0,8,0,1,0.5,,1,cuda:1,\ncluster,8,2,4,3,0,8,0,2,0.5,,1,cuda:1,\n"
 MINE = json.dumps({"sweep": {"format": 1, "recovered": 0.95, "rung": 2}, "cluster": {"restarts": 64}})
 
@@ -1523,7 +1527,7 @@ def test_folders_of_the_old_form_and_of_other_devices_are_read(tmp_path, monkeyp
     ("a,b\n1,2\n", MINE, "columns"), (NEW.replace(",mark", ""), MINE, "columns"), ("\x00\xff", MINE, "read"),
     (NEW.replace("cluster,", "clusters,"), MINE, "line 2"), (NEW.replace("0.5,,1", "0.5,,1,"), MINE, "line 2"),
     (NEW.replace(",8,0,1,", ",-8,0,1,"), MINE, "line 2"), (NEW.replace(",0,8,0,1,", ",0,9,0,1,"), MINE, "no rung"),
-    (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "m = 0"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
+    (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "m must"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
     (NEW.replace("2,4,3,0", "2,4,1,0"), MINE, "line 2"), (NEW.replace("0.5", "1.5"), MINE, "line 2"),
     (NEW.replace("cuda:1", "toaster"), MINE, "toaster"), (NEW.replace(",8,0,1,", ",8,0,4,"), MINE, "line 2"),
     (NEW + "cluster,8,2,4,3,0,16,0,2,.5,,1,cpu,\ncluster,8,2,4,3,0,32,0,2,.5,,1,cpu,\n", MINE, "line 5"),
