@@ -18,10 +18,8 @@ would show, exact inference, the score, and what all scripts share.
 """
 
 import argparse
-import csv
 import difflib
 import errno
-import io
 import math
 import numbers
 import os
@@ -29,7 +27,7 @@ import re
 import signal
 import sys
 import threading
-import time
+import timeit
 import zipfile
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -42,7 +40,6 @@ CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
 TEST_STRINGS = 4096   # fresh strings, that every score is taken on
 RIDGE = 1e-3          # of the linear probe, on features of size about 1
 MEMORY = 2**34        # bytes: what would need more is refused before it starts
-TARGETS = ("latent", "token", "root", "joint")  # what a learner may predict
 
 
 # ----------------------------------------------------------------------------------------
@@ -349,25 +346,31 @@ class Grammar:
         v, s, L = self.v, self.s, self.L
         check_memory("depth", 24 * s ** (L - 1) * v * v, "contexts of the root")
         W = [self.transition(l) for l in range(L)]          # (s, v, v) each
-        p = torch.full((v,), 1 / v, dtype=torch.float64)    # the mean over a level's nodes
-        mean = [p]
+        I = torch.eye(v, dtype=torch.float64)
+
+        # what a symbol is, over all nodes of a level: the root is uniform
+        mean = [I.mean(0)]
         for l in reversed(range(L)):
             mean.insert(0, mean[0] @ W[l].mean(0))
-        # distances of contexts q W, a mean over many W: q (mean of W W^T) q^T will do
-        tokens, metric = torch.eye(v, dtype=torch.float64), {"joint": torch.eye(v).double()}
-        found = {target: [] for target in TARGETS}
+
+        # a target is some way below the cousin, so that contexts are q W with q the
+        # cousin's symbol; for the mean of |q W|^2 over many W, that of W W^T will do
+        tokens = I
+        found = {"latent": [], "token": [], "root": [], "joint": []}
         for l in range(L - 1):
             tokens = (W[l] @ tokens @ W[l].mT).mean(0)
-            metric |= {"latent": (W[l] @ W[l].mT).mean(0), "token": tokens}
-            pairs = [(i, j) for i in range(s) for j in range(s) if i != j]
-            joint = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in pairs]
-            for target, inner in metric.items():
-                found[target].append(spread(torch.stack(joint), inner))
+            latent = (W[l] @ W[l].mT).mean(0)
+            places = [(i, j) for i in range(s) for j in range(s) if i != j]
+            pairs = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in places]
+            pairs = torch.stack(pairs)                      # (s (s-1), v, v)
+            for target, inner in ("latent", latent), ("token", tokens), ("joint", I):
+                found[target].append(spread(pairs, inner))
+
         # a root label is not equally far from all tuples: each position by itself
-        down = torch.eye(v, dtype=torch.float64)[None]      # (n, v, v) from the root
+        down = I[None]                                      # (n, v, v) from the root
         for l in reversed(range(1, L)):
             down = (down[:, None] @ W[l]).flatten(0, 1)
-            found["root"].insert(0, spread(down.mT / v, torch.eye(v).double()))
+            found["root"].insert(0, spread(down.mT / v, I))
         return found
 
     # ------------------------------------------------------------------------------------
@@ -582,13 +585,18 @@ def whole_numbers(name, x):
     return x
 
 
-def check_sizes(v, s, m, L):
-    """Raise ValueError, naming the size, unless these four describe a grammar that can be
-    stored: symbols in a byte, v^s below 2^63, strings of at most 2^24 tokens."""
+def check_tuples(v, s):
+    """Raise ValueError unless a symbol fits in a byte, and a tuple in 63 bits."""
     check_whole("v", v, 2, 256)
     check_whole("s", s, 2, 62)
     if v**s >= 2**63:
         raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
+
+
+def check_sizes(v, s, m, L):
+    """Raise ValueError, naming the size, unless these four describe a grammar that can be
+    stored. A string has at most 2^24 tokens."""
+    check_tuples(v, s)
     check_whole("m", m, 1, v ** (s - 1))
     check_whole("depth", L, 2, int(24 / math.log2(s) + 1e-9))
     # drawing them without repetition may list all v^s, if these are not many more
@@ -602,10 +610,7 @@ def as_strings(x, v, s):
     x: an integer tensor, array or list of lists of symbols 0..v-1; never written to.
     Raises ValueError, naming the argument, unless there is a string, its length is a power
     of s from s^2 on, and every entry is a symbol."""
-    check_whole("v", v, 2, 256)
-    check_whole("s", s, 2, 62)
-    if v**s >= 2**63:
-        raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
+    check_tuples(v, s)
     x = whole_numbers("x", x)
     length = x.shape[1] if x.ndim == 2 and len(x) else 0
     L = 0
@@ -919,56 +924,32 @@ def bench(grammar):
         "memory copy": lambda: source.copy(),
     }
     for name, work in works.items():
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        speed = source.size / min(seconds) / 1e6
+        seconds = min(timeit.repeat(work, number=1, repeat=5))
+        speed = source.size / seconds / 1e6
         print(f"{name:20} {speed:8.0f} million tokens per second")
 
 
-def contrast_table(grammars):
-    """Grammar.contrast of several grammars of one size, root mean square over them: a list
-    of (target, level, contrast, P). level is the parents', 1..L-1; P is where sampling
-    noise is as large."""
-    found = [grammar.contrast() for grammar in grammars]
-    v, m, L = grammars[0].v, grammars[0].m, grammars[0].L
-    rows = []
-    for target in TARGETS:
-        for l in range(L - 1):
-            squares = [one[target][l] ** 2 for one in found]
+def show_contrast(grammars, path):
+    """Print Grammar.contrast, root mean square over grammars of one size, and the number of
+    strings P at which sampling noise is as large. path: of a CSV file, or None."""
+    g, found = grammars[0], [grammar.contrast() for grammar in grammars]
+    print(f"{g}, {len(grammars)} of them")
+    print("how far apart parents' contexts are, and P where sqrt(v m / P) is as large\n")
+    print("level" + "".join(f"{target:>18}" for target in found[0]))
+    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P"]
+    for level in range(1, g.L):
+        cells = ""
+        for target in found[0]:
+            squares = [one[target][level - 1] ** 2 for one in found]
             contrast = math.sqrt(sum(squares) / len(squares))
-            P = v * m / contrast**2 if contrast else math.inf
-            rows.append((target, l + 1, contrast, P))
-    return rows
-
-
-def draw_contrast(rows, seeds, grammar):
-    """The rows of contrast_table as text."""
-    found = {(target, level): (contrast, P) for target, level, contrast, P in rows}
-    lines = [
-        f"{grammar}, {seeds} grammars: how far apart parents' contexts are, and at how many",
-        "strings P the sampling noise sqrt(v m / P) is as large",
-        "",
-        "level" + "".join(f"{target:>18}" for target in TARGETS),
-    ]
-    for level in range(1, grammar.L):
-        cells = [found[target, level] for target in TARGETS]
-        text = "".join(f"{contrast:9.3f} {P:8.3g}" for contrast, P in cells)
-        lines.append(f"{level:5}{text}")
-    return "\n".join(lines)
-
-
-def save_contrast(path, rows, seeds, grammar):
-    """Write the rows of contrast_table as CSV."""
-    sizes = [grammar.v, grammar.s, grammar.m, grammar.L, grammar.zipf, seeds]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow("v s m L zipf seeds target level contrast P".split())
-    for target, level, contrast, P in rows:
-        table.writerow([*sizes, target, level, f"{contrast:.6g}", f"{P:.6g}"])
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+            P = g.v * g.m / contrast**2 if contrast else math.inf
+            cells += f"{contrast:9.3f} {P:8.3g}"
+            sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
+            lines.append(f"{sizes},{target},{level},{contrast:.6g},{P:.6g}")
+        print(f"{level:5}{cells}")
+    if path:
+        text = "\n".join(lines) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save_strings(path, grammar, levels):
@@ -994,10 +975,15 @@ def main():
     for flag in ("seeds", "csv"):
         if getattr(args, flag) is not None and not args.contrast:
             parser.error(f"argument --{flag}: only goes with --contrast")
+    if args.load and args.seeds:
+        parser.error("argument --seeds: a loaded grammar is a single one")
     try:
         grammar = Grammar.load(args.load) if args.load else grammar_from_flags(parser, args)
         if args.contrast:
-            return show_contrast(parser, args, grammar)
+            grammars = [grammar]
+            for args.seed in range(args.seed + 1, args.seed + (args.seeds or 1)):
+                grammars.append(grammar_from_flags(parser, args))
+            return show_contrast(grammars, args.csv)
         if args.bench:
             return bench(grammar)
         levels = grammar.sample(args.samples, args.seed)
@@ -1018,19 +1004,6 @@ def main():
           "are, in sqrt(1-f)/m:")
     for l, spread_ in enumerate(spreads):
         print(f"  parents on level {l + 1}: {spread_:.2f}")
-
-
-def show_contrast(parser, args, grammar):
-    grammars = [grammar]
-    for seed in range(args.seed + 1, args.seed + (args.seeds or 1)):
-        if args.load:
-            parser.error("argument --seeds: a loaded grammar is a single one")
-        sizes = args.v, args.s, args.m, args.depth
-        grammars.append(Grammar.random(*sizes, seed, args.zipf))
-    rows = contrast_table(grammars)
-    if args.csv:
-        save_contrast(args.csv, rows, len(grammars), grammar)
-    print(draw_contrast(rows, len(grammars), grammar))
 
 
 if __name__ == "__main__":

@@ -591,9 +591,9 @@ def test_every_target_recovers_every_level(v, s, m, seed, target):
 
 
 def test_token_fails_where_latent_succeeds():
-    g = Grammar.random(8, 2, 4, 4, seed=3)
-    latent, token = (cluster.recover([g], [4096], [3], t)[0] for t in ("latent", "token"))
-    assert min(latent.accuracy) > 0.99 and token.accuracy[-1] < 0.9
+    g = Grammar.random(8, 2, 4, 4, seed=1)
+    latent, token = (cluster.recover([g], [4096], [1], t)[0] for t in ("latent", "token"))
+    assert min(latent.accuracy) > 0.99 and token.accuracy[-1] < 0.75
 
 
 def test_recover_is_one_score_for_each_run():
