@@ -28,7 +28,6 @@ import signal
 import sys
 import threading
 import timeit
-import zipfile
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
@@ -115,16 +114,17 @@ class Grammar:
             with open(file, "rb") as opened:
                 found = np.load(opened, allow_pickle=False)
                 arrays = dict(found) if hasattr(found, "files") else dict(enumerate(found))
-        except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile):
-            raise ValueError(f"load: {file} holds no arrays of rules") from None
-        zipf = arrays.pop("zipf", np.zeros(()))
-        names = [f"rules{l}" for l in range(len(arrays))]
-        rules = [arrays[name] for name in names if name in arrays] or list(arrays.values())
-        if not rules or rules[0].ndim != 3 or zipf.shape != ():
-            raise ValueError(f"load: {file} holds no (v, m, s) arrays of rules")
-        v, m, s = rules[0].shape
+            zipf = arrays.pop("zipf", np.zeros(())).item()
+            # named rules0, rules1, ... or all arrays in their order
+            named = [name for name in arrays if str(name).startswith("rules")]
+            rules = [arrays[f"rules{l}"] for l in range(len(named))] or [*arrays.values()]
+            v, m, s = rules[0].shape
+        except OSError:
+            raise
+        except Exception:  # whatever foreign bytes lead to
+            raise ValueError(f"load: {file} holds no (v, m, s) arrays of rules") from None
         try:
-            return Grammar(v, s, m, len(rules), rules, zipf.item())
+            return Grammar(v, s, m, len(rules), rules, zipf)
         except ValueError as error:
             raise ValueError(f"load: {file}: {error}") from None
 
@@ -155,26 +155,28 @@ class Grammar:
             rules[l - 1][:, j] = rules[l - 1][:, (j + 1) % m]
         rng = generator("strings", seed)
         pick = self._picker(rng)
-        chunk = max(1, CHUNK_TOKENS // s**L)
-        rows = math.ceil(P / chunk) * chunk  # whole chunks are drawn: samples are nested
-        levels = [np.empty((rows, s ** (L - l)), np.uint8) for l in range(L + 1)]
         byte = np.min_scalar_type(v * m - 1).type  # the narrowest that numbers all rules
+
+        # whole chunks are drawn, so that a smaller sample is the start of a larger one
+        chunk = max(1, CHUNK_TOKENS // s**L)
+        rows = math.ceil(P / chunk) * chunk
+        levels = [np.empty((rows, s ** (L - l)), np.uint8) for l in range(L + 1)]
         for start in range(0, rows, chunk):
             part = [level[start : start + chunk] for level in levels]
+            # from the root down, every symbol picks one of its rules
             part[L][:] = rng.integers(v, size=(chunk, 1), dtype=np.uint8)
             for l in reversed(range(L)):
                 rule = part[l + 1] * byte(m) + pick(part[l + 1].shape)
-                tuples = rules[l].reshape(v * m, s)
-                # clip promises that no index is checked: the tuples go straight to out
-                out = part[l].reshape(*rule.shape, s)
-                tuples.take(rule, axis=0, out=out, mode="clip")
+                children = part[l].reshape(*rule.shape, s)
+                # take writes straight into children if it need not check (clip)
+                rules[l].reshape(v * m, s).take(rule, axis=0, out=children, mode="clip")
         return [torch.from_numpy(level[:P]).to(device) for level in levels]
 
     def _picker(self, rng):
         """A function from a shape to the rules 0..m-1 that so many symbols pick."""
         m, k = self.m, 1
         byte = np.min_scalar_type(self.v * m - 1)
-        if self.zipf:
+        if self.zipf:  # where a number from 0 to 1 falls among the summed chances
             steps = self.p.cumsum(0)[:-1].numpy()
             return lambda shape: np.searchsorted(steps, rng.random(shape), "right").astype(byte)
         # random numbers are the slow part: one below m^k holds k picks, its digits
@@ -206,6 +208,7 @@ class Grammar:
             raise ValueError(f"x: {where}: {x[p, t]} is not a symbol, 0 to {self.v - 1}")
         levels = [x.to(torch.uint8, copy=True)]
         for l in range(self.L):
+            # find each tuple among the sorted rules; its place tells the parent
             rules = self.rules[l].to(x.device).flatten(0, 1)            # (v m, s)
             codes, order = tuple_codes(rules, self.v).sort()
             code = tuple_codes(levels[l].unflatten(1, (-1, self.s)), self.v)
@@ -255,6 +258,7 @@ class Grammar:
             new = draw_other(rng, np.tile(p / self.v, self.v), old)
         swapped[l][each, node] = new // m
 
+        # and all below it, drawn afresh
         h = tuples[new]                                     # (P, s)
         for k in reversed(range(l)):
             swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
@@ -432,9 +436,10 @@ def spread(joint, inner):
     """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n
     places, inner (v, v) the scalar product of two rows. A parent that is never seen at a
     place gets the mean context there, as in cluster.py."""
-    share = joint.sum(2, keepdim=True)
+    share = joint.sum(2, keepdim=True)                      # (n, v, 1)
     mean = joint.sum(1, keepdim=True) / share.sum(1, keepdim=True)
     q = torch.where(share > 0, joint / share.clamp(min=1e-300), mean)
+    # |q_a - q_b|^2 = |q_a|^2 + |q_b|^2 - 2 q_a.q_b
     gram = q @ inner @ q.mT                                 # (n, v, v)
     size = gram.diagonal(dim1=1, dim2=2)
     squares = size[:, :, None] + size[:, None] - 2 * gram
@@ -999,7 +1004,8 @@ def main():
     if grammar.s**grammar.L <= 81:
         print(draw_tree(levels, grammar.s))
     else:
-        print("one string:", *levels[0][0].tolist())
+        some = levels[0][0, :81].tolist()
+        print("one string:", *some, "..." if len(some) < levels[0].shape[1] else "")
     print(f"\nf = {grammar.f:.3g} of all tuples are used; how far apart the parents' contexts "
           "are, in sqrt(1-f)/m:")
     for l, spread_ in enumerate(spreads):

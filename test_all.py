@@ -409,11 +409,16 @@ def test_load_refuses_what_is_no_grammar(tmp_path):
     good = np.array(GOOD_RULES)
     bad = {"text": "hello", "dict": {"rules0": good[0]}, "one": good[0][:1], "float": good / 2,
            "flat": good.reshape(-1), "short": good[:1],
-           "twice": good * 0}
+           "twice": good * 0, "gap": None}
     for name, value in bad.items():
         path = tmp_path / name
         with open(path, "wb") as file:
-            file.write(b"hello") if name == "text" else np.save(file, value, allow_pickle=True)
+            if name == "text":
+                file.write(b"hello")
+            elif name == "gap":
+                np.savez(file, rules0=good[0], rules2=good[1])
+            else:
+                np.save(file, value, allow_pickle=True)
         with pytest.raises(ValueError, match="^load: ") as error:
             Grammar.load(path)
         assert "\n" not in str(error.value)
