@@ -971,9 +971,10 @@ def main():
     add = parser.add_argument
     add("--samples", type=whole(1), default=1, help="P, derivations to draw (default 1)")
     add("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")
-    add("--save", metavar="FILE.npz", type=new_file, help="write strings, levels and rules")
-    add("--bench", action="store_true", help="time the sampler instead")
-    add("--contrast", action="store_true", help="how far apart parents' contexts are instead")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--save", metavar="FILE.npz", type=new_file, help="write strings, levels and rules")
+    one("--bench", action="store_true", help="time the sampler instead")
+    one("--contrast", action="store_true", help="how far apart parents' contexts are instead")
     add("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
     add("--csv", metavar="FILE", type=new_file, help="with --contrast: write it to a file")
     args = parser.parse_args()

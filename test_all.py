@@ -481,7 +481,8 @@ def test_flags_and_python_read_a_setting_alike():
     ("--depth 2147483647", "--depth"), ("--depth 24 --samples 2147483647", "--samples"),
     ("--v 256 --s 7 --m 2147483647", "--m"), ("--m ²", "--m"), ("--m " + "1" * 5000, "--m"),
     ("--m +-5", "--m"), ("--save=", "--save"), ("--save .", "--save"), ("--zipf nan", "--zipf"),
-    ("--save no/such/folder.npz", "--save"), ("--seeds 3", "--seeds"), ("--load README.md", "--load"),
+    ("--save no/such/folder.npz", "--save"), ("--seeds 3", "--seeds"),
+    ("--save a.npz --bench", "--bench"), ("--load README.md", "--load"),
     ("--contrast --depth 24 --v 256", "--depth"), ("--samples 0", "--samples"),
 ])
 def test_grammar_refuses_in_one_line(command, named, capsys, monkeypatch):
