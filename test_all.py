@@ -411,11 +411,16 @@ def test_load_refuses_what_is_no_grammar(tmp_path):
     good = np.array(GOOD_RULES)
     bad = {"text": "hello", "dict": {"rules0": good[0]}, "one": good[0][:1], "float": good / 2,
            "flat": good.reshape(-1), "short": good[:1],
-           "twice": good * 0}
+           "twice": good * 0, "gap": None}
     for name, value in bad.items():
         path = tmp_path / name
         with open(path, "wb") as file:
-            file.write(b"hello") if name == "text" else np.save(file, value, allow_pickle=True)
+            if name == "text":
+                file.write(b"hello")
+            elif name == "gap":
+                np.savez(file, rules0=good[0], rules2=good[1])
+            else:
+                np.save(file, value, allow_pickle=True)
         with pytest.raises(ValueError, match="^load: ") as error:
             Grammar.load(path)
         assert "\n" not in str(error.value)
@@ -478,7 +483,8 @@ def test_flags_and_python_read_a_setting_alike():
     ("--depth 2147483647", "--depth"), ("--depth 24 --samples 2147483647", "--samples"),
     ("--v 256 --s 7 --m 2147483647", "--m"), ("--m ²", "--m"), ("--m " + "1" * 5000, "--m"),
     ("--m +-5", "--m"), ("--save=", "--save"), ("--save .", "--save"), ("--zipf nan", "--zipf"),
-    ("--save no/such/folder.npz", "--save"), ("--seeds 3", "--seeds"), ("--load README.md", "--load"),
+    ("--save no/such/folder.npz", "--save"), ("--seeds 3", "--seeds"),
+    ("--save a.npz --bench", "--bench"), ("--load README.md", "--load"),
     ("--contrast --depth 24 --v 256", "--depth"), ("--samples 0", "--samples"),
 ])
 def test_grammar_refuses_in_one_line(command, named, capsys, monkeypatch):
@@ -593,9 +599,9 @@ def test_every_target_recovers_every_level(v, s, m, seed, target):
 
 
 def test_token_fails_where_latent_succeeds():
-    g = Grammar.random(8, 2, 4, 4, seed=3)
-    latent, token = (cluster.recover([g], [4096], [3], t)[0] for t in ("latent", "token"))
-    assert min(latent.accuracy) > 0.99 and token.accuracy[-1] < 0.9
+    g = Grammar.random(8, 2, 4, 4, seed=1)
+    latent, token = (cluster.recover([g], [4096], [1], t)[0] for t in ("latent", "token"))
+    assert min(latent.accuracy) > 0.99 and token.accuracy[-1] < 0.75
 
 
 def test_recover_is_one_score_for_each_run():
