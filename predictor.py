@@ -223,7 +223,7 @@ def goal(target, codes, l, s, elements):
     """What the tuples of level l are known by: (R, B, s^(L-l-1), E, d), for E symbols.
 
     codes: the teacher's, of the levels from 0 on."""
-    n = codes[l].shape[2] // s
+    n = codes[0].shape[2] // s ** (l + 1)
 
     def below(h):
         symbols = h.unflatten(2, (n, -1))               # (R, B, n, symbols under a tuple, d)
@@ -599,16 +599,21 @@ class Predictor:
 
 
 def load(file):
-    """The Predictor that save wrote, on the CPU. Raises ValueError if the file is another."""
+    """The Predictor that save wrote, on the CPU. Raises ValueError if the file holds no such thing."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        network = Network(1, **saved["sizes"])
+        about, sizes = saved["predictor"], saved["sizes"]
+        network = Network(1, **sizes)
         network.load_state_dict(saved["weights"])
-        return Predictor(network, **saved["predictor"])
+        learned = Predictor(network, **about)
+        right = learned.L == len(sizes["heads"]) + 1 and learned.v in range(2, sizes["d"] + 1)
     except OSError:
         raise
-    except Exception as error:
-        raise ValueError(f"file: {file} is not what Predictor.save wrote") from error
+    except Exception:
+        right = False
+    if not right:
+        raise ValueError(f"file: {file} is not what Predictor.save wrote")
+    return learned
 
 
 def score(learned, truth):
