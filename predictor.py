@@ -26,7 +26,6 @@ P* is about v m^3 at every depth: the tables are in README and assets.
 """
 
 import copy
-import csv
 import importlib.util
 import math
 import os
@@ -204,15 +203,17 @@ class Network(nn.Module):
 
 
 def heads_of(target, elements, s, L):
-    """For every module: (own positions, cousins, elements under a cousin) to predict."""
-    shapes = []
+    """For every module: (own positions, cousins, symbols known of a cousin) that it predicts."""
+    heads = []
     for l in range(L - 1):
-        wide = s ** (l + 1) if target == "token" else s
-        shape = (s, s - 1, wide) if elements == "all" else (1, 1, 1)
+        symbols = s ** (l + 1) if target == "token" else s
+        own, others = s, s - 1
+        if elements == "one":
+            own, others, symbols = 1, 1, 1
         if target == "joint":
-            shape = (*shape[:2], shape[2] + 1)
-        shapes.append(shape)
-    return shapes
+            symbols += 1                                # the cousin's own
+        heads.append((own, others, symbols))
+    return heads
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,10 +449,13 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
         for r, finite in enumerate(loss.isfinite().tolist()):
             if not finite and r not in ended:
                 ended[r] = Predictor(student.run(r), v, L, target, step + 1)
+        if len(ended) == R:
+            break
 
+        # runs share no weight: the gradient of the sum is each run's own
         optimizer.zero_grad()
         if options.combine == "sum":
-            loss.sum().backward()    # runs share no weight: the gradient of each is its own
+            loss.sum().backward()
         else:
             jacobian_descent(parts[0], weights)
         optimizer.step()
@@ -535,21 +539,17 @@ def read_options(v, target, settings):
 def check_size(v, s, m, L, P, target="latent", **settings):
     """Raise ValueError, naming the flag, if a run of these sizes would need too much memory."""
     options = read_options(v, target, settings)
-    strings = max(P, TEST_STRINGS)
-    check_memory("samples" if P > TEST_STRINGS else "depth", 2 * strings * s**L,
-                 f"{strings} strings of {s**L} tokens")
-    weights, activations = 0, 0
+    hidden, d, batch = options.hidden, options.codes, options.batch
+    check_memory("depth", 2 * TEST_STRINGS * s**L, f"{TEST_STRINGS} strings of {s**L} tokens")
+    check_memory("samples", 2 * P * s**L, f"{P} strings of {s**L} tokens")
+    weights, numbers = 0, 6 * (L - 1) * (2 * batch) ** 2     # the table of pairs, to begin with
     for l, heads in enumerate(heads_of(target, options.elements, s, L)):
-        width = math.prod(heads) * options.codes
-        inputs = s * options.codes
-        weights += options.hidden * (inputs + options.hidden + 2 * width + options.codes)
-        tuples = options.batch * s ** (L - l - 1)
-        activations += tuples * (inputs + 6 * options.hidden + 8 * width)
-    pairs = (2 * options.batch) ** 2 * (L - 1)
-    # float32: weights, gradient, two moments, teacher; a block of batches is in bytes
+        width = math.prod(heads) * d
+        weights += hidden * (s * d + hidden + 2 * width + d)
+        numbers += batch * s ** (L - l - 1) * (s * d + 6 * hidden + 8 * width)
+    # the weights stand with their gradient, two moments and the teacher
     check_memory("hidden", 4 * 5 * weights, "the weights")
-    check_memory("batch", 4 * (activations + 6 * pairs), "a step")
-    check_memory("batch", BLOCK * options.batch * s**L, f"the strings of {BLOCK} steps")
+    check_memory("batch", 4 * numbers + BLOCK * batch * s**L, "a step")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -651,25 +651,24 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     All grammars have the same v, s, m, L. Returns a Score for each run: levels 1..L-1 by the best
     matching, and the root by a linear probe of the final code; floor is the same before training."""
     v, s, L = grammars[0].v, grammars[0].s, grammars[0].L
-    train_levels = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
-    xs = [levels[0] for levels in train_levels]
+    known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
+    xs = [levels[0] for levels in known]
     learned = fit_many(xs, v, s, target, seeds, **settings)
     # untrained: steps of no length, that show the batch norms the size of phi
     still = settings | {"lr": 0.0, "steps": 10}
     untrained = fit_many(xs, v, s, target, seeds, **still)
 
     scores = []
-    for r, grammar in enumerate(grammars):
-        if learned[r].diverged:
-            scores.append(Score([0.0] * L, [True] * L, None, learned[r].diverged))
+    for grammar, levels, seed, run, before in zip(grammars, known, seeds, learned, untrained):
+        if run.diverged:
+            scores.append(Score([0.0] * L, [True] * L, None, run.diverged))
             continue
-        truth = grammar.sample(TEST_STRINGS, (seeds[r], 1), device)
-        rows = score(learned[r], truth)
-        _, root, answers = probe(learned[r], train_levels[r], truth)
-        found = [a for a, _, _ in rows] + [root]
-        collapsed = [used < v for _, used, _ in rows] + [answers < v]
-        floor = [a for a, _, _ in score(untrained[r], truth)]
-        floor.append(probe(untrained[r], train_levels[r], truth)[1])
+        truth = grammar.sample(TEST_STRINGS, (seed, 1), device)
+        rows = score(run, truth)
+        _, root, answers = probe(run, levels, truth)
+        found = [row[0] for row in rows] + [root]
+        collapsed = [in_use < v for _, in_use, _ in rows] + [answers < v]
+        floor = [row[0] for row in score(before, truth)] + [probe(before, levels, truth)[1]]
         scores.append(Score(found, collapsed, floor))
     return scores
 
@@ -683,74 +682,64 @@ def main():
     parser.add_argument("--trace", metavar="FILE.csv", help="write accuracy and loss by the step")
     parser.add_argument("--save", metavar="FILE", help="write the weights, for predictor.load")
     args = parser.parse_args()
-    settings = given_settings(SETTINGS, args)
     device = pick_device(parser, args.device)
     grammar = grammar_from_flags(parser, args)
+    settings = given_settings(SETTINGS, args)
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        check_files(args.trace, args.save)
+        check_files(trace=args.trace, save=args.save)
     except ValueError as error:
         parser.error(f"argument --{error}")
 
     levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
     glance = [h[:256] for h in truth]
-    trace = open(args.trace, "w", newline="") if args.trace else None
-    if trace:
-        columns = [f"{name} {l}" for l in range(1, L) for name in ("accuracy", "prediction")]
-        csv.writer(trace).writerow(["step", *columns])
-    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(bar_format=layout)
+    trace = open(args.trace or os.devnull, "w", encoding="utf-8")
+    columns = [f"accuracy {l},prediction {l}" for l in range(1, L)]
+    print("step", *columns, sep=",", file=trace, flush=True)
+    bar = tqdm(bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
 
     def watch(step, steps, network, prediction):
         bar.total = steps
         bar.update()
         if step % max(1, steps // 80) and step != steps:
             return
-        rows = score(Predictor(network, v, L, args.target), glance)
-        found = [a for a, _, _ in rows]
-        text = " ".join(f"{a:.2f}" for a in found)
-        bar.set_postfix_str(f"accuracy of levels 1..{L - 1}: {text}")
-        if trace:
-            pairs = [f"{x:.6f}" for pair in zip(found, prediction[0].tolist()) for x in pair]
-            csv.writer(trace).writerow([step, *pairs])
-            trace.flush()
+        found = [row[0] for row in score(Predictor(network, v, L, args.target), glance)]
+        pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(found, prediction[0].tolist())]
+        print(step, *pairs, sep=",", file=trace, flush=True)
+        bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in found))
 
-    try:
-        learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
-    except FloatingPointError as error:
-        bar.close()
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    finally:
-        bar.close()
-        if trace:
-            trace.close()
+    with trace, bar:
+        try:
+            learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
+        except FloatingPointError as error:
+            bar.close()
+            parser.exit(1, f"{parser.prog}: {error}\n")
     if args.save:
         learned.save(args.save)
+
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(learned)
-    print(f"\nlevel   accuracy on {TEST_STRINGS} fresh strings   codes in use   "
-          f"entropy (of {math.log(v):.2f})")
-    for l, (found, used, H) in enumerate(score(learned, truth), 1):
-        mark = "   collapsed" if used < v else ""
-        print(f"{l:5}   {found:8.3f}{'':25}{used:12}   {H:7.2f}{mark}")
+    print(f"\nlevel   accuracy   codes in use   entropy (of {math.log(v):.2f})")
+    for l, (found, in_use, spread) in enumerate(score(learned, truth), 1):
+        mark = "   collapsed" if in_use < v else ""
+        print(f"{l:5}   {found:8.3f}   {in_use:12}   {spread:7.2f}{mark}")
     below, root, _ = probe(learned, levels, truth)
     print(f"\nlinear probes of the final code: level {L - 1} {below:.3f}, root {root:.3f}")
     if learned.network.sizes["d"] >= v * m:
         print(f"(d_h >= v m = {v * m}: such a probe could read tuples that were never merged)")
 
 
-def check_files(trace, save):
-    """Raise ValueError, naming the flag, unless the two files can be written."""
-    for flag, file in (("trace", trace), ("save", save)):
-        if file is None:
-            continue
-        path = Path(file)
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{flag}: cannot write {file}")
-    if trace and save and Path(trace).resolve() == Path(save).resolve():
-        raise ValueError(f"save: must be another file than --trace, not {save}")
+def check_files(**files):
+    """Raise ValueError, naming the flag, unless each file that is given can be written."""
+    paths = {flag: Path(file).resolve() for flag, file in files.items() if file}
+    for flag, path in paths.items():
+        there = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{flag}: must be a file that can be written, not {path}")
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(f"{flag}: must be another file than the other flags', not {path}")
 
 
 if __name__ == "__main__":
