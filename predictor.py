@@ -12,7 +12,7 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
               tuples under the same grandparent), one for each child position the tuple may have.
               It is trained by cross-entropy, and the target is what the learners differ in:
                 latent  the cousins' level-l codes, from a teacher: v m^3 strings on every level
-                token   the raw tokens under the cousins: v m^(l+2) strings
+                token   the raw tokens under the cousins: v m^(l+2) strings for level l
                 joint   latent, and the teacher's own symbol for the cousin, one level up (ours)
   clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi
               are pulled to one code, and tuples with unlike phi are pushed apart.
@@ -65,7 +65,7 @@ SETTINGS = (
             "one: a single element of a single cousin is predicted, from one position (fig. 8)"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
             "tuples with one code: of one k-means group; or of similar phi; or phi minus its mean"),
-    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity from which on tuples are alike"),
+    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, from which similarity on tuples are alike"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
     Setting("gate", real(0, 1), 0.1, 0.0,
@@ -150,6 +150,7 @@ class Module(nn.Module):
         logits = self.predict(tuples)                          # (R, N, heads d)
         log_phi = logits.unflatten(-1, (*self.heads, d)).log_softmax(-1)
         phi = log_phi.exp().flatten(2)                         # (R, N, heads d)
+        # the paper's "stop-gradient from clusterer to predictor"
         if local:
             phi = phi.detach()
         above = self.cluster(self.norm(phi)).softmax(-1)       # (R, N, d)
@@ -238,22 +239,26 @@ def goal(target, codes, l, s, elements):
         return torch.cat([below(codes[l]), codes[l + 1].unsqueeze(3)], 3)
 
 
-def prediction_loss(log_phi, goal, s):
+def prediction_loss(log_phi, aim, s):
     """Cross-entropy to what the cousins are known by. A tuple uses the heads for its own child
     position alone.
 
-    log_phi: (R, N, I, C, E, d); goal: (R, B, n, E, d) with B n = N. Returns (loss, gain), (R,)
+    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N. Returns (loss, gain), (R,)
     both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
-    what can be known about the goal that is known already, at most 1."""
+    what can be known about the aim that is known already, at most 1."""
     R, N, I, C, E, d = log_phi.shape
-    families = goal.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
-    others = cousins(s, goal.device)[:I, :C]               # (I, C)
+    # what a tuple's cousins are known by
+    families = aim.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
+    others = cousins(s, aim.device)[:I, :C]               # (I, C)
     seen = families[:, :, others]                          # (R, N/s, I, C, E, d)
+
+    # of the heads for all positions, those for the tuple's own
     log_phi = log_phi.view(R, N // s, s, I, C, E, d)
     own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
     terms = seen.shape[1:-1].numel()
     loss = -(seen * own).flatten(1).sum(1) / terms         # (R,)
 
+    # the loss falls from the marginal entropy, if phi knows nothing, to the conditional one
     with torch.no_grad():
         marginal = entropy(seen.mean(1)).flatten(1).mean(1)
         conditional = entropy(seen).flatten(1).mean(1)
@@ -296,6 +301,7 @@ def grouping(phi, v, noise):
     seeds = torch.cat(seeds, -1).flatten(1)                # (K, STARTS v)
     parents = x[run[..., 0], seeds]                        # (K, STARTS v, D)
 
+    # then k-means: the likeliest parent of each tuple, the mean tuple of each parent
     for _ in range(ROUNDS):
         likelihood = (parents.log() @ x.mT).unflatten(1, (STARTS, v))       # (K, STARTS, v, n)
         member = likelihood == likelihood.amax(2, keepdim=True)
@@ -575,7 +581,7 @@ class Predictor:
         hard: their arg-max, (P, s^(L-l)) int64. Raises ValueError, naming x."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
-            raise ValueError(f"x: strings must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
+            raise ValueError(f"x: must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
         x = x.to(next(self.network.parameters()).device)
         training = self.network.training
         self.network.eval()
@@ -599,7 +605,7 @@ class Predictor:
 
 
 def load(file):
-    """The Predictor that save wrote, on the CPU. Raises ValueError if the file holds no such thing."""
+    """The Predictor that save wrote, on the CPU. Raises ValueError if it wrote no such file."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         about, sizes = saved["predictor"], saved["sizes"]
@@ -649,7 +655,7 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     """What the sweep asks: run r learns from samples[r] strings of grammars[r], with seeds[r].
 
     All grammars have the same v, s, m, L. Returns a Score for each run: levels 1..L-1 by the best
-    matching, and the root by a linear probe of the final code; floor is the same before training."""
+    matching, and the root by a linear probe of the final code. floor: the same, untrained."""
     v, s, L = grammars[0].v, grammars[0].s, grammars[0].L
     known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
     xs = [levels[0] for levels in known]
