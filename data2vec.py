@@ -32,13 +32,14 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    PROBE_STRINGS, TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
+    TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
     as_strings, check_memory, choice, given_settings, grammar_from_flags, linear_probe,
     paper_preset, pick_device, read_settings, real, run_script, switch, tuple_codes, whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
 BETAS, CLIP, BETA = (0.9, 0.98), 1.0, 4.0  # AdamW, gradient norm, smooth L1: the paper's
+PROBE_STRINGS = 2048                       # labelled fresh strings that a probe is fitted on
 PIECE = 512                                # strings encoded at a time when measuring
 DRAWN = 100                                # steps whose strings and masks are drawn at once
 
@@ -586,13 +587,6 @@ def encode(encoder, x):
     return [torch.cat(maps, 1)[0] for maps in zip(*pieces)]
 
 
-def sample_without(grammar, l, j, P, seed, device):
-    """Levels of P strings in which rule j of every level-l symbol never occurs."""
-    rules = [rule.clone() for rule in grammar.rules]
-    rules[l - 1][:, j] = rules[l - 1][:, (j + 1) % grammar.m]
-    return Grammar(grammar.v, grammar.s, grammar.m, grammar.L, rules).sample(P, seed, device)
-
-
 def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     """Which levels do features know? Returns three lists over l = 1..L-1: (unseen, seen, collapsed).
 
@@ -608,7 +602,7 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     tested = features(test[0])
     results = []
     for l in range(1, grammar.L):
-        probe = sample_without(grammar, l, 0, settings.probe_strings, (seed, 4, l), device)
+        probe = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
         absent = torch.isin(tuples, tuple_codes(grammar.rules[l - 1][:, 0].to(device), grammar.v))
         nodes = grammar.s ** (grammar.L - l)

@@ -212,7 +212,7 @@ def last_rung(cell):
     method = read_method(cell.method)
     learner = method.learner
     last, reason = 2**40, "beyond Pmax"
-    online = getattr(method.settings, "regime", "offline") == "online"  # then P makes the steps
+    online = getattr(method.settings, "online", False)  # then the steps follow from P
     if learner.sees and not online:
         last, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
     P = first_rung(cell)
