@@ -325,18 +325,18 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     """Mean over all pairs of -log c_i.c_j where they are alike, and of separation times
     -log(1 - c_i.c_j) where they are not; and sparsity times the mean entropy of a code.
 
-    c_i.c_j is the chance that symbols drawn from the two codes are the same.
-
     codes: (..., n, d) soft codes; alike: (..., n, n) bool. Returns (...), one for each module.
+    c_i.c_j is the chance that symbols drawn from the two codes are the same.
     Our choice of form: unlike a squared distance the logarithm keeps a gradient between two codes
     that are both nearly one-hot, so that codes that split one symbol can still merge."""
     n = codes.shape[-2]
     overlap = codes @ codes.mT                             # (..., n, n)
-    alike = alike.float()                                  # torch.where is slow here
+    alike = alike.float()                                  # torch.where would be slow
+
     # the chance that the two symbols are the same, or different, as they should be; never 0
     chance = 1.0001 - 0.9901 * alike + (2 * alike - 1) * overlap
     weight = separation + (1 - separation) * alike
-    weight.diagonal(dim1=-2, dim2=-1).zero_()
+    weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
     loss = -(weight * chance.log()).flatten(-2).sum(-1) / (n * (n - 1))
     if sparsity:
         loss = loss + sparsity * entropy(codes).mean(-1)
@@ -347,6 +347,7 @@ def losses(student, wanted, draw, v, target, options):
     """(prediction, clustering), (R, L-1) each: the losses of every run and module on a Draw.
 
     wanted: the teacher's codes of the same strings."""
+    # what the student predicts of the cousins, and how it names the tuples
     log_phi, codes = student(draw.strings, options.detach)
     s = student.sizes["s"]
     run = torch.arange(len(draw.strings), device=draw.strings.device)[:, None]
@@ -369,6 +370,7 @@ def losses(student, wanted, draw, v, target, options):
         above = codes[l + 1].flatten(1, 2)                             # (R, N, d)
         items.append(above[run, chosen])                               # (R, n, d)
 
+    # raw tokens are more the higher the module: zeros fill up what the lower ones lack
     widest = max(some.shape[-1] for some in phi)
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
     if options.alike == "groups":
@@ -425,6 +427,7 @@ def choose(uniform, n):
 
 def train(xs, v, s, L, target, seeds, steps, options, watch=None):
     """The training loop, for R runs of equally many steps. Returns R Predictors."""
+    # every run has its own generator, for its weights and then for its batches
     R, device = len(xs), xs[0].device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     heads = heads_of(target, options.elements, s, L)
