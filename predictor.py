@@ -64,8 +64,8 @@ SETTINGS = (
     Setting("elements", choice("all", "one"), "all", "all",
             "one: a single element of a single cousin is predicted, from one position (fig. 8)"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
-            "tuples with one code: of one k-means group, or of similar phi (centred: minus its mean)"),
-    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, from which similarity on tuples are alike"),
+            "tuples with one code: of one k-means group, or of like phi (centred: minus its mean)"),
+    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity of alike tuples"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
     Setting("gate", real(0, 1), 0.1, 0.0,
@@ -243,8 +243,8 @@ def prediction_loss(log_phi, aim, s):
     """Cross-entropy to what the cousins are known by. A tuple uses the heads for its own child
     position alone.
 
-    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N. Returns (loss, gain), (R,)
-    both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
+    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N.
+    Returns (loss, gain), (R,) both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
     what can be known about the aim that is known already, at most 1."""
     R, N, I, C, E, d = log_phi.shape
     # what a tuple's cousins are known by
