@@ -244,8 +244,8 @@ def prediction_loss(log_phi, aim, s):
     position alone.
 
     log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N.
-    Returns (loss, gain), (R,) both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
-    what can be known about the aim that is known already, at most 1."""
+    Returns (loss, gain), (R,) both: the mean over tuples, cousins and elements in nats; and,
+    without gradient, the share of what can be known about the aim that is known already."""
     R, N, I, C, E, d = log_phi.shape
     # what a tuple's cousins are known by
     families = aim.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
