@@ -64,8 +64,8 @@ SETTINGS = (
     Setting("elements", choice("all", "one"), "all", "all",
             "one: a single element of a single cousin is predicted, from one position (fig. 8)"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
-            "tuples with one code: of one k-means group; or of similar phi; or phi minus its mean"),
-    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, from which similarity on tuples are alike"),
+            "tuples with one code: of one k-means group, or of like phi (centred: minus its mean)"),
+    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity of alike tuples"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
     Setting("gate", real(0, 1), 0.1, 0.0,
@@ -243,9 +243,9 @@ def prediction_loss(log_phi, aim, s):
     """Cross-entropy to what the cousins are known by. A tuple uses the heads for its own child
     position alone.
 
-    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N. Returns (loss, gain), (R,)
-    both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
-    what can be known about the aim that is known already, at most 1."""
+    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N.
+    Returns (loss, gain), (R,) both: the mean over tuples, cousins and elements in nats; and,
+    without gradient, the share of what can be known about the aim that is known already."""
     R, N, I, C, E, d = log_phi.shape
     # what a tuple's cousins are known by
     families = aim.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
@@ -314,7 +314,10 @@ def grouping(phi, v, noise):
 
 def similar(phi, threshold, centred):
     """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is above
-    the threshold. centred: of phi minus its mean over the batch."""
+    the threshold. centred: of phi minus its mean over the batch.
+
+    As the rule stands, every phi is near the mean, all pairs are alike and the codes collapse to
+    one, at the paper's sizes too; centred it works there."""
     if centred:
         phi = phi - phi.mean(-2, keepdim=True)
     unit = F.normalize(phi, dim=-1)
@@ -334,7 +337,7 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     alike = alike.float()                                  # torch.where would be slow
 
     # the chance that the two symbols are the same, or different, as they should be; never 0
-    chance = 1.0001 - 0.9901 * alike + (2 * alike - 1) * overlap
+    chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
     loss = -(weight * chance.log()).flatten(-2).sum(-1) / (n * (n - 1))
