@@ -212,7 +212,7 @@ def last_rung(cell):
     method = read_method(cell.method)
     learner = method.learner
     last, reason = 2**40, "beyond Pmax"
-    online = getattr(method.settings, "regime", "offline") == "online"  # then P makes the steps
+    online = getattr(method.settings, "online", False)  # then the steps follow from P
     if learner.sees and not online:
         last, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
     P = first_rung(cell)
@@ -576,47 +576,26 @@ def next_batch(cell, seeds, runs, cap, busy):
         ahead = 1 if side == 1 or recovered else 2 if climbed else 3
         ahead = [P * RUNG**i for i in range(ahead)]
         rungs += [(P, seed) for P in ahead if P <= highest and P not in known]
-    rungs = sorted(rung for rung in rungs if (cell, *rung) not in busy)
+    rungs = sorted(rung for rung in rungs if rung not in busy)
     batches = max(1, math.ceil(len(rungs) / side))
     return rungs[: math.ceil(len(rungs) / batches)]
 
 
-class Clock:
-    """An honest bar: its unit is the core second. Each learner's guesses are corrected by how long
-    its finished runs took."""
+def guess(cell, P):
+    """Core seconds of one run, by the learner's own guess for binary trees."""
+    return read_method(cell.method).learner.seconds(cell.L * math.log2(cell.s), P)
 
-    def __init__(self):
-        layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=1, bar_format=layout, delay=0.5)
-        self.took, self.guessed = {}, {}
 
-    def guess(self, cell, P):
-        key, learner = read_method(cell.method)[1:3]
-        pace = self.took[key] / self.guessed[key] if key in self.took else 1.0
-        return pace * learner.seconds(cell.L * math.log2(cell.s), P)
-
-    def finished(self, cell, P, seconds):
-        key, learner = read_method(cell.method)[1:3]
-        guess = learner.seconds(cell.L * math.log2(cell.s), P)
-        self.took[key] = self.took.get(key, 0.0) + seconds
-        self.guessed[key] = self.guessed.get(key, 0.0) + guess
-
-    def show(self, cells, runs, cap, running):
-        """running: (cell, rungs, when it began) of every batch under way. A ladder is guessed to
-        have five rungs, and one more if it has reached them."""
-        left = 0.0
-        for cell, seeds in cells.items():
-            for seed in seeds:
-                climbed, P, _ = climb(cell, runs.get(Ladder(cell, seed), {}), cap)
-                if P is not None:
-                    left += max(1, 5 - len(climbed)) * self.guess(cell, P)
-        under_way = sum(time.time() - begun for _, _, begun in running)
-        done = sum(self.took.values())
-        self.bar.n = done + under_way
-        self.bar.total = max(self.bar.n, done + left)
-        names = (f"{c.method[:30]} L={c.L} P={rungs[-1][0]}" for c, rungs, _ in running)
-        self.bar.set_postfix_str(", ".join(names), refresh=False)
-        self.bar.refresh()
+def seconds_left(cells, runs, cap):
+    """A guess at the core seconds until all ladders are climbed: each has five rungs, and one more
+    if it has reached them."""
+    left = 0.0
+    for cell, seeds in cells.items():
+        for seed in seeds:
+            climbed, P, _ = climb(cell, runs.get(Ladder(cell, seed), {}), cap)
+            if P is not None:
+                left += max(1, 5 - len(climbed)) * guess(cell, P)
+    return left
 
 
 def sweep(cells, folder, cap, device, jobs, report):
@@ -624,52 +603,55 @@ def sweep(cells, folder, cap, device, jobs, report):
     run on disk at once. cells: {Cell: seeds}. report(key) is called whenever all ladders of a
     learner have come to their ends, and report(None) now and then."""
     # one learner after the other, the deepest trees first: long work last leaves cores idle
-    cells = {cell: cells[cell] for cell in sorted(cells, key=lambda c: (row_order(c)[4], -c.L))}
-    unfinished = {read_method(cell.method).key for cell in cells}
-    running = {}  # future -> (cell, rungs, when it began)
-    runs, clock, last_report = folder.runs, Clock(), time.time()
+    order = sorted(cells, key=lambda cell: (row_order(cell)[4], -cell.L))
+    climbing = {cell: cells[cell] for cell in order}
+    running = {}  # future -> (cell, rungs)
+    runs, next_report = folder.runs, time.time() + 10
+    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    left = seconds_left(climbing, runs, cap)
+    bar = tqdm(total=left, bar_format=layout, delay=0.5, smoothing=0)
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
     try:
-        while True:
-            for cell, seeds in cells.items():
-                busy = {(c, *rung) for c, rungs, _ in running.values() for rung in rungs}
-                batch = next_batch(cell, seeds, runs, cap, busy)
+        while climbing:
+            for cell in list(climbing):
+                if len(running) >= jobs:
+                    break
+                busy = {rung for c, rungs in running.values() if c == cell for rung in rungs}
+                batch = next_batch(cell, cells[cell], runs, cap, busy)
                 while batch and len(running) < jobs:
-                    running[pool.submit(run_batch, cell, batch, device)] = cell, batch, time.time()
-                    busy |= {(cell, *rung) for rung in batch}
-                    batch = next_batch(cell, seeds, runs, cap, busy)
-            if not running:
-                break
-            clock.show(cells, runs, cap, running.values())
+                    running[pool.submit(run_batch, cell, batch, device)] = cell, batch
+                    busy |= set(batch)
+                    batch = next_batch(cell, cells[cell], runs, cap, busy)
+                if not any(cell == c for c, _ in running.values()):  # all its ladders are climbed
+                    del climbing[cell]
+                    key = read_method(cell.method).key
+                    if all(read_method(c.method).key != key for c in climbing):
+                        report(key)
+            names = (f"{c.method[:30]} L={c.L} P={b[-1][0]}" for c, b in running.values())
+            bar.set_postfix_str(", ".join(names), refresh=False)
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                cell, _, _ = running.pop(future)
+                cell, _ = running.pop(future)
                 found = future.result()
                 folder.append(cell, found)
                 for (P, seed), run in found.items():
-                    clock.finished(cell, P, run.seconds)
+                    bar.update(guess(cell, P))
                     if run.score.diverged:
                         where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
                         tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
                                    "counts as not recovered")
-            climbing = {
-                read_method(cell.method).key for cell, seeds in cells.items() for seed in seeds
-                if climb(cell, runs.get(Ladder(cell, seed), {}), cap)[1]
-            }
-            for key in sorted(unfinished - climbing):
-                report(key)
-            unfinished &= climbing
-            if time.time() > last_report + 10:
+            if time.time() > next_report:
                 start = time.time()
+                bar.total = bar.n + seconds_left(climbing, runs, cap)
                 report(None)
-                last_report = time.time() + 20 * (time.time() - start)  # 5 % of the time at most
+                next_report = time.time() + max(5, 20 * (time.time() - start))  # 5 % at most
     except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
         raise
     finally:
-        clock.bar.close()
+        bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
