@@ -339,8 +339,8 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     check_memory("samples", strings_bytes(P, s, L), "the strings")
     K = min(v * m, P * s ** (L - 1))                        # tuples seen, at most
     # T positions and E targets of each, as beside lists them, where they are most
-    below = {"latent": s, "token": s ** (L - 1), "joint": 1}
-    T, E = (s ** (L - 1), 1) if target == "root" else (s, (s - 1) * below[target])
+    below = {"latent": s, "joint": 1}.get(target, s ** (L - 1))
+    T, E = (s ** (L - 1), 1) if target == "root" else (s, (s - 1) * below)
     T = T if given.positions == "all" else 1
     E = E if given.positions != "element" else 1
     tables = T * E

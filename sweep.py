@@ -90,14 +90,19 @@ class Learner(NamedTuple):
     sees: Callable = None         # (v, settings) -> strings that all its steps look at, if they end
     seconds: Callable = lambda L, P: 1.0     # a guess at a run on one core, in a binary tree
     side: int = 1                 # runs in one call, at most: networks train them side by side
+    growth: dict = {}             # {target: how P* grows with every level in the theory, "1" or "m"}
     seeds: int = 5                # by default
 
 
+GROWTH = {
+    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
+}
 LEARNERS = {
     "cluster": Learner(
         cluster.recover, cluster.TARGETS, cluster.SETTINGS, cluster.PRESETS, cluster.check_size,
         first=lambda v, s, m: v * m / (2 * s),  # fewer than half of the top tuples can be seen
         seconds=lambda L, P: 0.1 + 1e-8 * P * 2**L,
+        growth=GROWTH,
     ),
     "predictor": Learner(
         predictor.recover, predictor.TARGETS, predictor.SETTINGS, predictor.PRESETS,
@@ -107,6 +112,7 @@ LEARNERS = {
         seconds=lambda L, P: 0.4 * 2**L,
         side=8,
         seeds=3,
+        growth=GROWTH,
     ),
     "data2vec": Learner(
         data2vec.recover, data2vec.TARGETS, data2vec.SETTINGS, data2vec.PRESETS,
@@ -116,16 +122,13 @@ LEARNERS = {
         seconds=lambda L, P: 1.5 * 2**L,
         side=8,
         seeds=3,
+        growth=GROWTH,
     ),
 }
 DEFAULT = {  # the rows of the first table, and the depth up to which they are run unless asked for
     "cluster": 24, "cluster-token": 24, "cluster-root": 24, "cluster-joint": 24,
     "predictor": 24, "predictor-token": 4, "data2vec": 4, "data2vec-token": 4,
 }
-GROWTH = {  # of P* with every level, in the theory
-    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
-}
-
 
 class Method(NamedTuple):
     """A method's name, taken apart."""
@@ -470,7 +473,8 @@ def depth_tables(measures, unrun, cell_text):
             growth = slope_text(deep, math.exp)
             growth += f" {min(deep)}..{max(deep)}" if growth else ""
             name = method if part == "tree" else f"{method}, root"
-            law = GROWTH.get(read_method(method).target, "") if part == "tree" else ""
+            growth_of = read_method(method).learner.growth
+            law = growth_of.get(read_method(method).target, "") if part == "tree" else ""
             table.append([name, *(texts.get(L, "") for L in depths), growth, law])
         tables.append(table)
     return tables
@@ -606,10 +610,9 @@ def sweep(cells, folder, cap, device, jobs, report):
     order = sorted(cells, key=lambda cell: (row_order(cell)[4], -cell.L))
     climbing = {cell: cells[cell] for cell in order}
     running = {}  # future -> (cell, rungs)
-    runs, next_report = folder.runs, time.time() + 10
+    runs, next_look, next_report = folder.runs, 0.0, time.time() + 10
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    left = seconds_left(climbing, runs, cap)
-    bar = tqdm(total=left, bar_format=layout, delay=0.5, smoothing=0)
+    bar = tqdm(total=seconds_left(climbing, runs, cap), bar_format=layout, smoothing=0)
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
@@ -636,14 +639,17 @@ def sweep(cells, folder, cap, device, jobs, report):
                 found = future.result()
                 folder.append(cell, found)
                 for (P, seed), run in found.items():
-                    bar.update(guess(cell, P))
+                    bar.n += guess(cell, P)
                     if run.score.diverged:
                         where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
                         tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
                                    "counts as not recovered")
+            if time.time() > next_look:
+                bar.total = bar.n + seconds_left(climbing, runs, cap)
+                next_look = time.time() + 1
+            bar.refresh()
             if time.time() > next_report:
                 start = time.time()
-                bar.total = bar.n + seconds_left(climbing, runs, cap)
                 report(None)
                 next_report = time.time() + max(5, 20 * (time.time() - start))  # 5 % at most
     except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
@@ -929,8 +935,9 @@ def main():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" else 1)
     out = Path(args.out)
+    learners = {read_method(cell.method).key for cell in cells}
     try:
-        folder = Folder(out, {read_method(cell.method).key for cell in cells})
+        folder = Folder(out, learners)
         folder.create()
     except Refused as error:
         parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
@@ -942,7 +949,7 @@ def main():
     def report(key):
         measures = folder.write_tables(caps, unrun)
         mine = {k: found for k, found in measures.items() if read_method(k[0].method).key == key}
-        if mine:
+        if mine and len(learners) > 1:
             tqdm.write(printed_tables(mine, []))
 
     try:
