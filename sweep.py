@@ -647,6 +647,7 @@ def sweep(cells, folder, cap, device, jobs, report):
             if time.time() > next_look:
                 bar.total = bar.n + seconds_left(climbing, runs, cap)
                 next_look = time.time() + 1
+            bar.total = max(bar.total, bar.n)
             bar.refresh()
             if time.time() > next_report:
                 start = time.time()
