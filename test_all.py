@@ -1703,6 +1703,31 @@ def test_foreign_results_are_refused_and_left_alone(runs, settings, reason, tmp_
     assert files(tmp_path) == before
 
 
+def test_the_forks_of_the_readme_run_as_they_stand_there(tmp_path):
+    """Its diffs, applied to copies of the files, and its new file; then one sweep with both."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for file in HERE.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    names = [tmp_path / "cluster.py", tmp_path / "sweep.py"]
+    diffs = re.findall(r"```diff\n(.*?)```", text, re.S)
+    assert len(diffs) == len(names)
+    for name, diff in zip(names, diffs):
+        source = name.read_text(encoding="utf-8")
+        for old, new in re.findall(r"^-(.*)\n((?:\+.*\n)+)", diff, re.M):  # a line, and what replaces it
+            assert source.count(old + "\n") == 1, old
+            source = source.replace(old + "\n", re.sub(r"^\+", "", new, flags=re.M))
+        name.write_text(source, encoding="utf-8")
+    (mine,) = re.findall(r"here mine.py.*?```python\n(.*?)```", text, re.S)
+    (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
+    flags = "--methods cluster-first,cluster-token,mine --depth 3 --seeds 1 --max-samples 256 --jobs 1".split()
+    done = subprocess.run([sys.executable, "sweep.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = rows_without_seconds(tmp_path / "out")
+    first, token, other = ([row["accuracy"] for row in found if row["method"] == name]
+                           for name in ("cluster-first", "cluster-token", "mine"))
+    assert len(first) == len(token) and first != token and float(other[0]) < 0.6  # a first symbol is no parent
+
+
 BAD = """
     sweep --m 9 | --m 0 | --m 4..x | --m 1..2147483647 | --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40
     sweep --depth 2..2147483647 | --v 1 | --v 300 | --s 1 | --s 62 | --seeds 0 | --seeds 2147483647 | --seed 3
