@@ -257,44 +257,33 @@ def cells_of(rows):
             # the status is that of level L-1, so it may not explain the root's bound
             beyond = row["status"] if row["status"] in BEYOND else "beyond Pmax"
             state = {"=": "", "<": "below Pmin", ">": beyond}[sign]
-            low, high = row[f"{part}P50_lo"], row[f"{part}P50_hi"]
+            low = math.nan if state else row[f"{part}P50_lo"]
+            high = math.nan if state else row[f"{part}P50_hi"]
             cells.append(row | {"what": what, "P": P, "low": low, "high": high, "state": state})
     return cells
 
 
-def growth(cells, m):
-    """What P* of one method does from L = 3 on, in words; None where its intervals allow both.
-
-    The laws are a factor of 1 and of m a level, and sqrt(m) lies between them. At L = 2 most
-    targets are the same."""
-    cells = [cell for cell in cells if cell["L"] >= 3]
-    if len(cells) < 2 or any(cell["state"] for cell in cells):
-        return None
-
-    # the least and the most that the intervals allow; nan, of no interval, decides nothing
-    first, last = cells[0], cells[-1]
-    levels = last["L"] - first["L"]
-    least = (last["low"] / first["high"]) ** (1 / levels)
-    most = (last["high"] / first["low"]) ** (1 / levels)
-    if most < math.sqrt(m):
-        return "is flat"
-    return "grows with depth" if least > math.sqrt(m) else None
-
-
 def conclusion(curves, m):
-    """A title: what P* does for every target of which all methods agree. curves: {method: cells}"""
-    verdicts = {}
-    for method, cells in curves.items():
-        _, target = parts(method)
-        verdicts.setdefault(target, set()).add(growth(cells, m))
+    """A title: for which methods P* is flat from L = 3 on, and for which it grows.
 
-    # learners that disagree on a target say nothing of it
-    words = []
-    for verdict in ("is flat", "grows with depth"):
-        agreed = [target for target, found in verdicts.items() if found == {verdict}]
-        if agreed:
-            names = ", ".join(NAMES.get(target, target) for target in agreed)
-            words.append(f"{verdict} for {names}")
+    curves: {method: cells}. A method whose intervals allow both, or are not there, is not named."""
+    flat, growing = [], []
+    for method, cells in curves.items():
+        # at L = 2 most targets are the same
+        cells = [cell for cell in cells if cell["L"] >= 3]
+        if not cells:
+            continue
+
+        # the laws are a factor of 1 and of m a level: sqrt(m) lies between them
+        first, last = cells[0], cells[-1]
+        between = m ** ((last["L"] - first["L"]) / 2)
+        if last["high"] / first["low"] < between:
+            flat.append(method)
+        if last["low"] / first["high"] > between:
+            growing.append(method)
+
+    said = {"is flat for": flat, "grows with depth for": growing}
+    words = [f"{verdict} {', '.join(methods)}" for verdict, methods in said.items() if methods]
     title = f"From L = 3 on, P* {'; '.join(words)}" if words else "P* against depth"
     return textwrap.fill(title, 75)
 
@@ -338,6 +327,23 @@ def draw_method(axis, method, cells, shift, style):
     return last, line
 
 
+def draw_panel(axis, v, m, depths, curves, styles):
+    """The laws as guides, the methods, and the names of both. curves: {method: cells}"""
+    ends = []
+    look = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
+    for law, power in LAWS.items():
+        guide = [{"L": L, "P": v * m ** power(L)} for L in depths]
+        ends.append(draw_line(axis, guide, "L", "P", label=f"${law}$", **look))
+
+    # methods stand a little apart, so that no interval hides another
+    apart = min(0.05, 0.4 / len(curves))
+    middle = (len(curves) - 1) / 2
+    for i, (method, cells) in enumerate(curves.items()):
+        shift = apart * (i - middle)
+        ends.append(draw_method(axis, method, cells, shift, styles[method]))
+    add_legend(axis, ends)
+
+
 def draw_depth(tables):
     """The figure of samples_vs_depth.png; None without a table, or if nothing ran."""
     rows = tables["depth"]
@@ -364,21 +370,8 @@ def draw_depth(tables):
         axis.set_title(f"{conclusion(curves, m)}\n{what}: {describe(v=v, s=s, m=m, zipf=zipf)}")
         axis.set(yscale="log", ylim=(np.nanmin(P) / 3, np.nanmax(P) * 3), xticks=depths)
         axis.set(xlabel="depth L", ylabel="P*, training strings")
-
-        # the laws are guides
-        ends = []
-        for law, power in LAWS.items():
-            guide = [{"L": L, "P": v * m ** power(L)} for L in depths]
-            look = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
-            ends.append(draw_line(axis, guide, "L", "P", label=f"${law}$", **look))
-
-        # methods stand a little apart, so that no interval hides another
-        apart = min(0.05, 0.4 / len(curves))
-        for i, (method, line) in enumerate(curves.items()):
-            shift = apart * (i - (len(curves) - 1) / 2)
-            ends.append(draw_method(axis, method, line, shift, styles[method]))
         axis.set_xlim(depths[0] - 0.25, depths[-1] + 0.25)
-        add_legend(axis, ends)
+        draw_panel(axis, v, m, depths, curves, styles)
 
     # what the signs mean, for those that occur
     states = {cell["state"] for cell in cells}
@@ -470,19 +463,19 @@ PHASES = {  # the columns of a trace that are drawn, and the titles of their pan
 }
 
 
-def draw_levels(axis, traces, what):
-    """One quantity against the step: a colour a level, a line a run. Traces may differ in depth."""
-    names = {name for rows in traces for name in rows[0] if name.startswith(f"{what} ")}
+def draw_levels(axis, rows, what):
+    """One quantity against the step: a colour a level, a line a run. Runs may differ in depth."""
+    names = {name for row in rows for name in row if name.startswith(f"{what} ")}
     names = sorted(names, key=lambda name: int(name.split()[1]))  # level 10 after level 9
     for k, name in enumerate(names):
         look = shade(k, len(names)) | {"markersize": 5}
         axis.plot([], [], label=name.replace(what, "level"), **look)  # one name for all runs
-        runs = [rows for rows in traces if name in rows[0]]
-        for rows in runs:
-            draw_line(axis, rows, "step", name, **look)
+        runs = group([row for row in rows if name in row], "file").values()
+        for run in runs:
+            draw_line(axis, run, "step", name, **look)
 
         # what an untrained network gets
-        first = np.mean([rows[0][name] for rows in runs])
+        first = np.mean([run[0][name] for run in runs])
         axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
 
 
@@ -493,9 +486,8 @@ def draw_phases(tables):
         return None
     figure, axes = new_figure(len(learners), 2, 6.3, 4.8)
     for line, learner in zip(axes, learners):
-        traces = list(group(tables[learner], "file").values())
         for axis, (what, title) in zip(line, PHASES[learner].items()):
-            draw_levels(axis, traces, what)
+            draw_levels(axis, tables[learner], what)
             axis.set(xlabel="step", title=f"{learner}: {title}")
         line[0].set_ylim(-0.02, 1.05)
 

@@ -1597,10 +1597,9 @@ data2vec-token,8,2,3,3,0,,,,,,,,,not run
 """
 
 
-def stars(P, spread=1.05, state=""):
+def stars(P, spread=1.05):
     """Cells of one method at depths 3, 4, ..."""
-    return [{"L": L, "P": p, "low": p / spread, "high": p * spread, "state": state}
-            for L, p in enumerate(P, 3)]
+    return [{"L": L, "low": p / spread, "high": p * spread} for L, p in enumerate(P, 3)]
 
 
 def table(tmp_path, text, name="samples_vs_depth.csv"):
@@ -1608,20 +1607,17 @@ def table(tmp_path, text, name="samples_vs_depth.csv"):
     return plot.read(tmp_path / name)
 
 
-def test_verdicts_on_growth_are_those_of_known_cells():
-    flat, steep = stars([200, 210, 190]), stars([200, 600, 1800])
-    assert plot.growth(flat, 3) == "is flat"
-    assert plot.growth(steep, 3) == "grows with depth"
-    assert plot.growth(stars([200, 210, 190], spread=4), 3) is None  # may be either
-    assert plot.growth(stars([200, 210], spread=math.nan), 3) is None  # one seed
-    assert plot.growth(stars([200, 210]) + stars([4096], state="beyond Pmax"), 3) is None
-    assert plot.growth(flat[:1], 3) is None
-
-    title = plot.conclusion({"cluster": flat, "predictor": flat, "cluster-token": steep}, 3)
-    title = title.replace("\n", " ")
-    assert title.endswith("P* is flat for own latents; grows with depth for tokens")
-    title = plot.conclusion({"cluster-token": steep, "data2vec-token": flat}, 3)
-    assert title == "P* against depth"  # learners disagree
+@pytest.mark.parametrize("cells, said", [
+    (stars([200, 210, 190]), "From L = 3 on, P* is flat for cluster"),
+    (stars([200, 600, 1800]), "From L = 3 on, P* grows with depth for cluster"),
+    (stars([200, 210, 190], spread=4), "P* against depth"),  # may be either
+    (stars([200, 210, 190], spread=math.nan), "P* against depth"),  # no interval
+    (stars([200]), "P* against depth"),
+])
+def test_a_title_says_what_intervals_allow(cells, said):
+    assert plot.conclusion({"cluster": cells}, 3) == said
+    both = plot.conclusion({"cluster": cells, "mine": stars([20, 60])}, 3)
+    assert both.replace("\n", " ").endswith("grows with depth for mine") == ("grows" not in said)
 
 
 def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
@@ -1638,7 +1634,8 @@ def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     assert root["state"] == "beyond Pmax"  # the status is not the root's
 
     figure = plot.draw_depth({"depth": rows, "runs": []})
-    assert len(figure.axes) == 2 and "own latents" not in figure.axes[0].get_title()
+    assert len(figure.axes) == 2
+    assert figure.axes[0].get_title().startswith("From L = 3 on, P* is flat for cluster-first\n")
     signs = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(signs) == sorted(["\u2191", "\u2191?", "\u2193", "\u2191s"])
     styles = plot.styles_of(["cluster-first", "cluster", "cluster-token", "cluster-second"])
@@ -1701,6 +1698,23 @@ def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_
     picture = tmp_path / "samples_vs_depth.png"
     assert plot.draw(tmp_path / "samples_vs_depth.csv") == [picture]
     assert files(tmp_path) == first
+
+
+@pytest.mark.parametrize("raised, code, said", [
+    (ValueError("x.csv: bad"), 2, "plot.py: argument out: x.csv: bad\n"),
+    (PermissionError(13, "Permission denied", "x.png"), 1, "Permission denied: 'x.png'\n"),
+    (ImportError("No module named 'matplotlib'"), 1, "plot.py: No module named 'matplotlib'\n"),
+    (KeyboardInterrupt(), 130, "plot.py: stopped\n"),
+])
+def test_plot_ends_with_one_line_and_a_code(raised, code, said, monkeypatch, capsys):
+    def draw(*names):
+        raise raised
+
+    monkeypatch.setattr(plot, "draw", draw)
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
+    with pytest.raises(SystemExit) as end:
+        plot.main()
+    assert end.value.code == code and capsys.readouterr().err.strip("\n").endswith(said.strip())
 
 
 def test_traces_become_one_picture(tmp_path, monkeypatch):
