@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from grammar import (
     TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
-    as_strings, check_memory, check_sizes, choice, cousins, generator, given_settings,
+    as_strings, check_memory, check_sizes, check_whole, choice, cousins, generator, given_settings,
     grammar_from_flags, paper_preset, pick_device, read_settings, run_script,
     strings_bytes, tuple_codes, whole,
 )
@@ -334,15 +334,16 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     given = read_settings(SETTINGS, PRESETS, settings)
     check_target(target)
     check_sizes(v, s, m, L)
+    check_whole("samples", P, 1)
     check_memory("depth", 3 * strings_bytes(TEST_STRINGS, s, L), "the test strings")
     check_memory("samples", strings_bytes(P, s, L), "the strings")
     K = min(v * m, P * s ** (L - 1))                        # tuples seen, at most
-    T, e = s, {"latent": s, "token": s ** (L - 1), "joint": 1, "root": 1}[target]
-    if target == "root":
-        T = s ** (L - 1)
-    if given.positions != "all":
-        T = 1
-    tables = T * (1 if target == "root" or given.positions == "element" else (s - 1) * e)
+    # T positions and E targets of each, as beside lists them, where they are most
+    below = {"latent": s, "joint": 1}.get(target, s ** (L - 1))
+    T, E = (s ** (L - 1), 1) if target == "root" else (s, (s - 1) * below)
+    T = T if given.positions == "all" else 1
+    E = E if given.positions != "element" else 1
+    tables = T * E
     if target == "joint":
         check_memory("m", 40 * tables * K * K, "the tables of cousin tuples")
         check_memory("starts", 20 * given.starts * tables * K * v, "k-means")

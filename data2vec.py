@@ -1,34 +1,30 @@
 """
-Learner 3: data2vec, prediction of one's own latents without explicit levels (section 5), and its controls.
+Learner 3: data2vec, prediction of one's own latents without explicit levels, and its controls.
 
-    python data2vec.py --depth 3 --samples 2048                   trains in half a minute, shows the levels rise
-    python data2vec.py --depth 3 --samples 2048 --target token    same encoder, data, masks: predict the raw tokens
-    python data2vec.py --preset transformer --attention-bias      the paper's kind of encoder, 4 minutes
+    python data2vec.py --depth 3 --samples 2048                   trains in seconds, levels rise
+    python data2vec.py --depth 3 --samples 2048 --target token    the control: predict raw tokens
+    python data2vec.py --preset transformer --attention-bias      the paper's kind of encoder
 
-A student sees a string with some tokens masked, a teacher, its exponential moving average, sees it whole. At every
-masked position a linear head regresses from the student's last map what the teacher has there. The target is
+A student sees a string with some tokens hidden. A teacher, the moving average of the student, sees
+the whole string. At every hidden position a linear head predicts, from the student's last map:
   latent   the mean of the teacher's top K maps, each layer-normalised: data2vec;
-  stacked  every one of these K maps, each predicted from the student's own map of that layer: explicit stacking;
-  several  every one of these K maps, all predicted from the student's last map;
-  token    the masked token itself, by cross-entropy: the control. Its teacher is an average that nothing learns from.
-Two encoders: `tree` knows which tokens stand under which node, as the other learners do, but no rule; `transformer`
-knows nothing. Level l counts as recovered by the *unseen-synonym accuracy*, see `examine`. It is read from the
-teacher, on the same maps for every target, and reported beside the same reading of the untrained encoder.
-At CPU size three things differ from the paper (--preset paper): a stronger weight decay, which lets the part of the
-weights fade that tells synonyms apart, blocks of tokens masked as well as single ones, and a faster teacher.
+  stacked  each of these K maps, from the student's own map of the same layer;
+  several  each of these K maps, all from the student's last map;
+  token    the hidden token itself, by cross-entropy: the control, which needs no teacher.
+The encoder `tree` knows which tokens stand under which node, but no rule; `transformer` knows
+nothing. Levels are read from the teacher, see `unseen_synonyms` and `root_probe`.
 
-Measured with README's commands (v=8 s=2 m=3, v m^3 = 216, seeds 0-2, torch 2.13 on a CPU): P* of level L-1 is 456, 495,
-499 for L = 3..5 with target latent and the paper's masks (single tokens, 15 %), and 371, 383, 399 with token: no factor
-of m per level for either. With whole subtrees of level L-2 masked neither gets to L = 5: latent 608, 957, > 4096, token
-653, > 4096, > 4096. The first command: levels 1 and 2 at 1.000 and 1.000, untrained .183 and .166, in 29 s on one core
-(seed 0). The transformer, told nothing of the tree, L = 3: with 16000 steps 1950 with latent and 1932 with token, with
-32000 1853 and 2797.
+Own latents and tokens find the tree from about equally many strings; only own latents carry it
+into the last map. The table is in README, more in assets.
+
+Every weight has a leading dimension R: R runs of the same sizes are trained side by side in one
+loop, each with its own strings and seed, because a step of one small network is mostly overhead.
+Time and memory of a step grow like R * batch * s^L * width * hidden; memory also like P * s^L.
 """
 
-import copy
 import csv
 import os
-from collections import namedtuple
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -36,428 +32,792 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    PROBE_STRINGS, TEST_STRINGS, Exam, Parser, add_grammar_flags, examine, grammar_from_flags, linear_probe,
-    pick_device, real, whole,
+    TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
+    as_strings, check_memory, choice, given_settings, grammar_from_flags, linear_probe,
+    paper_preset, pick_device, read_settings, real, run_script, switch, tuple_codes, whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
-BETAS, CLIP, BETA = (0.9, 0.98), 1.0, 4.0  # the paper's: of AdamW, of the gradient's norm, of smooth L1
-PIECE = 512  # strings encoded at a time when measuring
+BETAS, CLIP, BETA = (0.9, 0.98), 1.0, 4.0  # AdamW, gradient norm, smooth L1: the paper's
+PROBE_STRINGS = 2048                       # labelled fresh strings that a probe is fitted on
+PIECE = 512                                # strings encoded at a time when measuring
+DRAWN = 100                                # steps whose strings and masks are drawn at once
 
 
-def blocks(text):
+def mask_block(text):
     """An argparse type: a level, or one of two words."""
     return text if text in ("mixed", "top") else whole(0, 24)(text)
 
 
-TABLE = (  # setting, type, then its value in the presets tree, transformer and paper, then what it is
-    ("encoder", str, "tree", "transformer", "transformer", "tree or transformer"),
-    ("width", whole(4, 2**14), 32, 64, 2048, "d, features per position; a multiple of heads"),
-    ("hidden", whole(1, 2**16), 64, 128, 8192, "hidden units of the two-layer networks"),
-    ("layers", whole(1, 100), 3, 6, 8, "transformer blocks; the tree has one up and one down for every level"),
-    ("heads", whole(1, 256), 4, 4, 32, "of the transformer's attention"),
-    ("attention_bias", bool, False, False, False, "transformer: a learned T x T bias for every head"),
-    ("dropout", real(0, 0.9), 0.0, 0.0, 0.1, "probability, transformer alone, on the two branches of a block"),
-    ("top", whole(1, 100), 3, 3, 4, "K, how many of the last maps are the target; at most all are"),
-    ("regime", str, "offline", "offline", "online", "offline: P strings, many times; online: always fresh ones"),
-    ("steps", whole(1), 4000, 8000, 262144, "optimiser steps"),
-    ("batch", whole(1, 2**20), 64, 64, 512, "strings per step"),
-    ("mask", real(0, 1), 0.3, 0.3, 0.15, "probability that a position is masked; one in every string is"),
-    ("mask_block", blocks, "mixed", "mixed", 0, "level k of the nodes that are masked, all s^k tokens beneath at once: "
-     "0, single tokens, to L-1; top, which is L-2; or mixed, every string draws one level from 0 to L-2"),
-    ("ema", real(0, 1), 0.97, 0.97, 0.99, "share of the teacher that remains after a step"),
-    ("lr", real(0, 1), 4e-3, 3e-3, 1e-4, "learning rate of AdamW for targets other than token"),
-    ("lr_token", real(0, 1), 4e-3, 3e-3, 1e-4, "learning rate of AdamW for target token"),
-    ("decay", real(0, 10), 0.3, 0.2, 0.01, "weight decay of AdamW, on matrices and embeddings, times lr per step"),
-    ("warmup", whole(1), 100, 100, 1, "steps over which the learning rate rises to its value"),
+SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
+    Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "tree or transformer"),
+    Setting("width", whole(4, 2**14), 32, 2048, "d, features of a position or node"),
+    Setting("hidden", whole(1, 2**16), 64, 8192, "hidden units of the two-layer networks"),
+    Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
+    Setting("heads", whole(1, 256), 4, 32, "heads of the transformer's attention"),
+    Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
+    Setting("dropout", real(0, 0.9), 0.0, 0.1, "transformer: probability, on both branches"),
+    Setting("top", whole(1, 100), 3, 4, "K, how many of the last maps are the target"),
+    Setting("target_from", choice("residual", "ffn"), "residual", "residual",
+            "transformer: the target is the stream after a block, or its feed-forward output"),
+    Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
+    Setting("steps", whole(1), 4000, 262144, "optimiser steps; online runs of a sweep take P / batch"),
+    Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
+    Setting("mask", real(0, 1), 0.3, 0.15, "probability that a node is hidden; one always is"),
+    Setting("mask_block", mask_block, "mixed", 0, "level of the nodes that are hidden, with all "
+            "tokens beneath: 0 to depth-1; top = depth-2; mixed: each string draws 0 to depth-2"),
+    Setting("ema", real(0, 1), 0.97, 0.99, "decay of the moving average: what the teacher keeps"),
+    Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
+    Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
+    Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
+    Setting("cooldown", real(0, 1), 0.0, 0.0, "last share of the steps, in which it falls to 0"),
+    Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
+    Setting("probe_strings", whole(1, 2**20), PROBE_STRINGS, None, "strings a probe is fitted on"),
+    Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
-Settings = namedtuple("Settings", [row[0] for row in TABLE])
-PRESETS = {name: Settings(*(row[i] for row in TABLE)) for i, name in enumerate(("tree", "transformer", "paper"), 2)}
-SETTINGS = {**PRESETS["tree"]._asdict(), "probe_strings": PROBE_STRINGS, "test_strings": TEST_STRINGS}
+PRESETS = {
+    "tree": {},
+    "transformer": {
+        "encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
+        "steps": 8000, "lr": 3e-3, "decay": 0.2,
+    },
+    "paper": paper_preset(SETTINGS),
+}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# two encoders: (B, T) tokens, the number v standing for a masked one -> a list of maps (B, T, d)
+# --------------------------------------------------------------------------------------------------
+# modules: R of each side by side, one for every run
 
 
-def normal(h):
+def layer_norm(h):
     """Layer normalisation without gain and bias."""
     return F.layer_norm(h, h.shape[-1:])
 
 
-def network(inputs, hidden, outputs):
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+def pool(h, nodes):
+    """(..., n, d) -> (..., nodes, d): means over what stands under a node, or copies beneath it."""
+    n, d = h.shape[-2:]
+    if n > nodes:
+        return h.unflatten(-2, (nodes, n // nodes)).mean(-2)
+    return h.unsqueeze(-2).expand(*h.shape[:-1], nodes // n, d).flatten(-3, -2)
+
+
+class Linear(nn.Module):
+    """R linear maps: (R, ..., inputs) -> (R, ..., outputs). Inputs may come in several parts."""
+
+    def __init__(self, R, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(R, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(R, 1, outputs))
+
+    def forward(self, *parts):
+        weights = self.weight.split([h.shape[-1] for h in parts], 1)
+        out = self.bias
+        for h, weight in zip(parts, weights):
+            out = torch.baddbmm(out, h.flatten(1, -2), weight)  # (R, n, outputs)
+        return out.view(*h.shape[:-1], -1)
+
+
+class Embedding(nn.Module):
+    """R tables of vectors: ids (R, B, T) -> (R, B, T, d)."""
+
+    def __init__(self, R, ids, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(R, ids, d))
+
+    def forward(self, x, table=None):
+        table = self.weight if table is None else table
+        R, ids, _ = table.shape
+        first = torch.arange(R, device=x.device).view(R, 1, 1) * ids  # where a run's table begins
+        return F.embedding(x + first, table.flatten(0, 1))
+
+
+class LayerNorm(nn.Module):
+    """R layer normalisations with gain and bias: (R, B, T, d) -> (R, B, T, d)."""
+
+    def __init__(self, R, d):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(R, 1, 1, d))
+        self.bias = nn.Parameter(torch.empty(R, 1, 1, d))
+
+    def forward(self, h):
+        return torch.addcmul(self.bias, layer_norm(h), self.gain)
+
+
+class TwoLayers(nn.Module):
+    """R networks with one hidden layer."""
+
+    def __init__(self, R, inputs, hidden, outputs):
+        super().__init__()
+        self.first, self.second = Linear(R, inputs, hidden), Linear(R, hidden, outputs)
+
+    def forward(self, *parts):
+        return self.second(F.gelu(self.first(*parts)))
+
+
+def initialise(module, randoms):
+    """Draw the weights of every run from its own generator, so that they don't depend on R.
+
+    Xavier for linear maps, no biases, and standard deviation 1 for embeddings: 0.02, usual in
+    language models, does not learn at this size. randoms: R CPU generators."""
+    for r, random in enumerate(randoms):
+        for part in module.modules():
+            if isinstance(part, Linear):
+                nn.init.xavier_normal_(part.weight.data[r], generator=random)
+                nn.init.zeros_(part.bias.data[r])
+            if isinstance(part, Embedding):
+                nn.init.normal_(part.weight.data[r], generator=random)
+            if isinstance(part, LayerNorm):
+                nn.init.ones_(part.gain.data[r])
+                nn.init.zeros_(part.bias.data[r])
+    return module
+
+
+# --------------------------------------------------------------------------------------------------
+# two encoders: tokens (R, B, T), the number v for a hidden one -> their last maps, layer-normalised
 
 
 class Tree(nn.Module):
-    """A U-Net on the s-ary tree. Up: children -> parent. Down: children and the context of their parent -> contexts of
-    the children, added to what went up. The maps are those of the way down, level L-1 first and the tokens last, each
-    node's features repeated at all positions beneath it. One network per level and direction, for all its nodes."""
+    """A U-Net on the s-ary tree, one network a level and direction, the same for all its nodes.
 
-    def __init__(self, v, s, L, settings):
+    Up: children -> parent. Down: children and the context of their parent -> contexts of the
+    children, added to what went up. The maps are those of the way down, level L-1 first and the
+    tokens last: (R, B, s^(L-l), d) for level l."""
+
+    def __init__(self, R, v, s, L, settings):
         super().__init__()
-        self.s, d, hidden = s, settings.width, settings.hidden
-        self.embed = nn.Embedding(v + 1, d)
-        self.up = nn.ModuleList(network(s * d, hidden, d) for _ in range(L))
-        self.down = nn.ModuleList(network((s + 1) * d, hidden, s * d) for _ in range(L))
+        d, hidden = settings.width, settings.hidden
+        self.s = s
+        self.embed = Embedding(R, v + 1, d)
+        self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
+        self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
 
-    def forward(self, x, random=None):
-        up, maps = [normal(self.embed(x))], []
+    def families(self, h):
+        """(R, B, n, d) -> (R, B, n/s, s d): the children of a node one after the other."""
+        return h.unflatten(2, (-1, self.s)).flatten(3)
+
+    def forward(self, x, top, randoms=None):
+        up = [self.embed(x, layer_norm(self.embed.weight))]     # (R, B, T, d)
         for net in self.up:
-            up.append(normal(net(up[-1].unflatten(1, (-1, self.s)).flatten(2))))  # (B, s^(L-l), d)
-        h = up[-1]  # (B, 1, d), the root
-        for l, net in reversed(list(enumerate(self.down))):
-            family = torch.cat([up[l].unflatten(1, (-1, self.s)).flatten(2), h], 2)  # (B, s^(L-l-1), (s+1) d)
-            h = normal(up[l] + net(family).view_as(up[l]))  # (B, s^(L-l), d)
-            maps.append(h[:, :, None].expand(-1, -1, self.s**l, -1).flatten(1, 2))  # (B, T, d)
-        return maps
+            up.append(layer_norm(net(self.families(up[-1]))))   # (R, B, s^(L-l), d)
+        context = up.pop()                                      # (R, B, 1, d), the root
+        maps = []
+        for h, net in zip(reversed(up), reversed(self.down)):
+            change = net(self.families(h), context)             # (R, B, s^(L-l-1), s d)
+            context = layer_norm(h + change.view_as(h))
+            maps.append(context)
+        return maps[-top:]
 
 
 class Block(nn.Module):
     """Pre-LN attention and feed-forward network, each on a residual branch."""
 
-    def __init__(self, T, settings):
+    def __init__(self, R, T, settings):
         super().__init__()
-        d = settings.width
-        self.heads, self.dropout = settings.heads, settings.dropout
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out, self.net = nn.Linear(d, 3 * d), nn.Linear(d, d), network(d, settings.hidden, d)
-        self.bias = nn.Parameter(torch.zeros(self.heads, T, T)) if settings.attention_bias else None
+        d, heads = settings.width, settings.heads
+        self.heads, self.dropout = heads, settings.dropout
+        self.norm1, self.norm2 = LayerNorm(R, d), LayerNorm(R, d)
+        self.qkv, self.out = Linear(R, d, 3 * d), Linear(R, d, d)
+        self.ffn = TwoLayers(R, d, settings.hidden, d)
+        self.bias = None
+        if settings.attention_bias:
+            self.bias = nn.Parameter(torch.zeros(R, 1, heads, T, T))
 
-    def forward(self, h, random):
-        q, k, v = self.qkv(self.norm1(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
-        a = F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).flatten(2)  # (B, T, d)
-        h = h + self.drop(self.out(a), random)
-        return h + self.drop(self.net(self.norm2(h)), random)
+    def attend(self, h):
+        """(R, B, T, d) -> (R, B, T, d): every position mixes what all positions hold."""
+        R, B, T, d = h.shape
+        qkv = self.qkv(h).view(R, B, T, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv.reshape(3, R * B * self.heads, T, -1)
+        scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)                   # (R B heads, T, T)
+        if self.bias is not None:
+            scores = (scores.view(R, B, self.heads, T, T) + self.bias).view(-1, T, T)
+        mixed = torch.bmm(scores.softmax(-1), v)                            # (R B heads, T, .)
+        return self.out(mixed.view(R, B, self.heads, T, -1).transpose(2, 3).flatten(3))
 
-    def drop(self, h, random):
-        """Dropout while training, which is when there is a generator to draw it from."""
-        if random is None or self.dropout == 0:
+    def forward(self, h, randoms):
+        """Returns the stream after the block, and the feed-forward output that was added to it."""
+        h = h + self.drop(self.attend(self.norm1(h)), randoms)
+        out = self.ffn(self.norm2(h))
+        return h + self.drop(out, randoms), out
+
+    def drop(self, h, randoms):
+        """Dropout while training, which is when there are generators to draw it from."""
+        if randoms is None or self.dropout == 0:
             return h
-        return h * (torch.rand(h.shape, generator=random, device=h.device) >= self.dropout) / (1 - self.dropout)
+        draws = [torch.rand(h.shape[1:], generator=random, device=h.device) for random in randoms]
+        return h * (torch.stack(draws) >= self.dropout) / (1 - self.dropout)
 
 
 class Transformer(nn.Module):
     """The paper's kind of encoder; its maps are the residual stream after every block."""
 
-    def __init__(self, v, s, L, settings):
+    def __init__(self, R, v, s, L, settings):
         super().__init__()
-        self.embed = nn.Embedding(v + 1, settings.width)
-        self.position = nn.Embedding(s**L, settings.width)
-        self.blocks = nn.ModuleList(Block(s**L, settings) for _ in range(settings.layers))
+        T = s**L
+        self.embed = Embedding(R, v + 1, settings.width)
+        self.position = Embedding(R, T, settings.width)
+        self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
-    def forward(self, x, random=None):
-        h, maps = self.embed(x) + self.position.weight, []
+    def forward(self, x, top, randoms=None, ffn=False):
+        h = self.embed(x) + self.position.weight[:, None]   # (R, B, T, d)
+        maps = []
         for block in self.blocks:
-            h = block(h, random)
-            maps.append(h)
-        return maps
+            h, out = block(h, randoms)
+            maps.append(out if ffn else h)
+        return [layer_norm(h) for h in maps[-top:]]
 
 
-def initialise(module, random):
-    """Xavier for the linear maps, no biases, and standard deviation 1 for the embeddings: 0.02, as is usual in language
-    models, does not learn at this size. random: a CPU torch.Generator, so that every device starts alike."""
-    for part in module.modules():
-        if isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, generator=random)
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_normal_(part.weight, generator=random)
-            nn.init.zeros_(part.bias)
-    return module
+def build(R, v, s, L, settings):
+    """R encoders of the kind that settings name, with weights still to be drawn."""
+    return {"tree": Tree, "transformer": Transformer}[settings.encoder](R, v, s, L, settings)
 
 
-def build(v, s, L, settings, random):
-    """The encoder that settings name, with its initial weights, on the CPU."""
-    return initialise({"tree": Tree, "transformer": Transformer}[settings.encoder](v, s, L, settings), random)
+# --------------------------------------------------------------------------------------------------
+# what is hidden, and how far a prediction is off
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is hidden, and what is predicted
-
-
-def check_block(block, L):
-    """Raises ValueError unless the masked blocks are words that draw_mask knows, or smaller than the string."""
+def check_mask_block(block, L):
+    """Raises ValueError unless draw_mask knows the word, or the nodes are smaller than a string."""
     if block not in ("mixed", "top", *range(L)):
         raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed, not {block}")
 
 
 def draw_mask(B, L, s, rate, block, random):
-    """(B, s^L) bool on the generator's device, True where the token is hidden.
+    """(B, s^L) bool on the generator's device, True where a token is hidden.
 
-    Every node of level block is hidden, that is, all s^block tokens beneath it, with probability rate, and one in every
-    string for certain. Level 0 hides single tokens, whose siblings are mostly visible; level L-2, "top", leaves nothing
-    but cousins of the highest level to predict from. "mixed": every string draws its level from 0..L-2, so that some
-    siblings are hidden at every level that can be learned from them."""
+    Every node of level block is hidden with probability rate, that is all s^block tokens beneath
+    it, and one node in every string for certain. Level 0 hides single tokens, whose siblings are
+    mostly visible; level L-2, "top", leaves only cousins of the highest level to predict from.
+    "mixed": every string draws its level from 0..L-2, so siblings are hidden on every level."""
+    words = {"mixed": range(L - 1), "top": [L - 2]}
     masks = []
-    for k in {"mixed": range(L - 1), "top": [L - 2]}.get(block, [block]):
-        draw = torch.rand(B, s ** (L - k), generator=random, device=random.device)
-        hidden = (draw < rate) | (draw == draw.min(1, keepdim=True).values)  # the smallest draw: one for certain
-        masks.append(hidden.repeat_interleave(s**k, 1))
+    for level in words.get(block, [block]):
+        draw = torch.rand(B, s ** (L - level), generator=random, device=random.device)
+        certain = draw == draw.min(1, keepdim=True).values
+        hidden = certain | (draw < rate)
+        masks.append(hidden.repeat_interleave(s**level, 1))
     pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
     return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
 
 
-def goals(teacher, x, where, target, top):
-    """What the whole string x, (B, T) int64, gives the teacher at the flat positions where, (n,) int64: a list of
-    (n, d) tensors without gradient; the mean of the layer-normalised top K maps, or these maps one by one."""
-    with torch.no_grad():
-        maps = [normal(h.flatten(0, 1)[where]) for h in teacher(x)[-top:]]
-        return [sum(maps) / len(maps)] if target == "latent" else maps
+def smooth_l1(prediction, goal):
+    """Two (R, B, n, d) -> (R, B, n)."""
+    return F.smooth_l1_loss(prediction, goal, reduction="none", beta=BETA).mean(-1)
 
 
-def objective(student, teacher, heads, x, hidden, target, top, random=None):
-    """The loss, a scalar: only masked positions enter it, and the student never sees what they hold.
+def cross_entropy(scores, tokens):
+    """(R, B, T, v) and (R, B, T) -> (R, B, T)."""
+    error = F.cross_entropy(scores.flatten(0, 2), tokens.flatten(), reduction="none")
+    return error.view(tokens.shape)
 
-    x: (B, T) int64; hidden: (B, T) bool; heads: linear, as many as goals. random: for dropout."""
-    v = student.embed.num_embeddings - 1
-    where = hidden.flatten().nonzero()[:, 0]  # (n,)
-    maps = student(x.masked_fill(hidden, v), random)
-    maps = maps[-top:] if target == "stacked" else maps[-1:] * len(heads)
-    predictions = [head(normal(h.flatten(0, 1)[where])) for head, h in zip(heads, maps)]
-    if target == "token":
-        return F.cross_entropy(predictions[0], x.flatten()[where])
-    pairs = zip(predictions, goals(teacher, x, where, target, top), strict=True)
-    return sum(F.smooth_l1_loss(p, g, beta=BETA) for p, g in pairs)
+
+def mean_where(hidden, error):
+    """(R, B, T) bool, and errors of nodes (R, B, n) -> (R,), the mean over hidden positions."""
+    error = pool(error[..., None], hidden.shape[2])[..., 0]  # (R, B, T)
+    return (error * hidden).sum((1, 2)) / hidden.sum((1, 2))
+
+
+# --------------------------------------------------------------------------------------------------
+# training
+
+
+def stream(seed, number, device="cpu"):
+    """One of four independent generators of a seed."""
+    return torch.Generator(device).manual_seed(4 * seed + number)
+
+
+def batches(xs, L, s, seeds, settings, device):
+    """Yields for every step x, (R, B, T) int64, and hidden, (R, B, T) bool.
+
+    A run draws with replacement from its own strings, or fresh ones from its own grammar, many
+    steps at a time and from its own generators, so that its draws don't depend on the others."""
+    T, B = s**L, settings.batch
+    many = max(1, min(DRAWN, 2**22 // (B * T)))
+    picks = [stream(seed, 1, device) for seed in seeds]
+    masks = [stream(seed, 2, device) for seed in seeds]
+    for start in range(0, settings.steps, many):
+        n = min(many, settings.steps - start)
+        x, hidden = [], []
+        for run, pick, mask, seed in zip(xs, picks, masks, seeds):
+            if isinstance(run, Grammar):
+                drawn = run.sample(n * B, (seed, 2, start), device)[0]
+            else:
+                drawn = run[torch.randint(len(run), (n * B,), generator=pick, device=device)]
+            x.append(drawn.view(n, B, T))
+            drawn = draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask)
+            hidden.append(drawn.view(n, B, T))
+        x, hidden = torch.stack(x, 1), torch.stack(hidden, 1)  # (n, R, B, T)
+        for i in range(n):
+            yield x[i].long(), hidden[i]
+
+
+def learning_rate(step, settings):
+    """Rises linearly in the first steps, and falls linearly to 0 in the last ones."""
+    rise = step / settings.warmup
+    fall = (settings.steps + 1 - step) / max(1, settings.cooldown * settings.steps)
+    return settings.lr * min(1, rise, fall)
+
+
+def clip_each_run(weights):
+    """Scale the gradients of every run to norm CLIP at most. Returns the norms before, (R,)."""
+    norms = [w.grad.flatten(1).norm(dim=1) for w in weights]  # each (R,)
+    norm = torch.stack(norms, 1).norm(dim=1)
+    scale = (CLIP / (norm + 1e-6)).clamp(max=1)
+    for w in weights:
+        w.grad *= scale.view(-1, *[1] * (w.ndim - 1))
+    return norm
 
 
 @torch.no_grad()
 def follow(teacher, student, ema):
     """One step of the moving average: teacher <- ema * teacher + (1 - ema) * student."""
-    for old, new in zip(teacher.parameters(), student.parameters()):
-        old.lerp_(new, 1 - ema)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training
+def train(xs, v, s, L, target, seeds, settings, device, watch):
+    """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars.
 
+    Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
+    run the step at which it stopped because its loss or gradient was not finite, or 0."""
+    R, T, K = len(xs), s**L, min(settings.top, L if settings.encoder == "tree" else settings.layers)
+    starts = [stream(seed, 0) for seed in seeds]
+    student = initialise(build(R, v, s, L, settings), starts).to(device)
+    outputs = v if target == "token" else settings.width
+    count = K if target in ("stacked", "several") else 1
+    heads = nn.ModuleList(Linear(R, settings.width, outputs) for _ in range(count))
+    heads = initialise(heads, starts).to(device)
+    teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
+    from_ffn = {"ffn": True} if settings.target_from == "ffn" else {}
+    distance = cross_entropy if target == "token" else smooth_l1
 
-def batches(grammar, P, seed, settings, device):
-    """The strings of every step, (batch, T) int64: drawn with replacement from P strings, or never seen before."""
-    if settings.regime == "offline":
-        x = grammar.sample(P, seed, device)[0].long()
-        random = torch.Generator(device).manual_seed(seed)
-        for _ in range(settings.steps):
-            yield x[torch.randint(P, (settings.batch,), generator=random, device=device)]
-    else:
-        for step in range(settings.steps):
-            if step % 100 == 0:  # sampling is cheapest in bulk
-                fresh = grammar.sample(100 * settings.batch, (seed, 2, step), device)[0].long().split(settings.batch)
-            yield fresh[step % 100]
+    named = [*student.named_parameters(), *heads.named_parameters()]
+    weights = [w for _, w in named]
+    groups = [  # biases and layer norms don't decay
+        {"params": [w for name, w in named if name.endswith("weight")]},
+        {"params": [w for name, w in named if not name.endswith("weight")], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay, fused=True)
+    randoms = [stream(seed, 3, device) for seed in seeds]
+    diverged, stopped = [0] * R, {}
 
+    for step, (x, hidden) in enumerate(batches(xs, L, s, seeds, settings, device), 1):
+        # the teacher sees whole strings, and nothing flows back into it
+        with torch.no_grad():
+            if target == "token":
+                goals = [x]
+            elif target == "latent":
+                maps = teacher(x, K, **from_ffn)
+                goals = [sum(pool(h, T) for h in maps) / K]             # (R, B, T, d)
+            elif target == "several":
+                goals = [pool(h, T) for h in teacher(x, K, **from_ffn)]
+            elif target == "stacked":
+                goals = teacher(x, K, **from_ffn)                       # each (R, B, n, d)
 
-def fit(batches, v, s, L, target="latent", settings=PRESETS["tree"], seed=0, device="cpu", watch=None):
-    """Train on the strings that batches yields. Returns (teacher, untrained): the encoder that is measured, and what it
-    was before. watch(step, loss, teacher), if given, is called after every step.
+        # the student sees the rest, and predicts what is hidden from it
+        maps = student(x.masked_fill(hidden, v), K, randoms)
+        sources = maps if target == "stacked" else maps[-1:] * count
+        errors = [distance(head(h), goal) for head, h, goal in zip(heads, sources, goals)]
+        loss = sum(mean_where(hidden, error) for error in errors)       # (R,), one for every run
 
-    Raises ValueError if the target is unknown or a masked block is the whole string."""
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {TARGETS}, not {target!r}")
-    check_block(settings.mask_block, L)
-    start = torch.Generator().manual_seed(seed)
-    random = torch.Generator(device).manual_seed(seed + 1)
-    student = build(v, s, L, settings, start).to(device)
-    teacher, untrained = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
-    maps = min(settings.top, L if settings.encoder == "tree" else settings.layers)
-    sizes = [v] if target == "token" else [settings.width] * (1 if target == "latent" else maps)
-    heads = initialise(nn.ModuleList(nn.Linear(settings.width, size) for size in sizes), start).to(device)
-    parameters = [*student.parameters(), *heads.parameters()]
-    lr = settings.lr_token if target == "token" else settings.lr
-    groups = [{"params": [p for p in parameters if p.ndim == 2], "weight_decay": settings.decay},
-              {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0}]  # biases and layer norms
-    optimizer = torch.optim.AdamW(groups, lr, BETAS, fused=device != "mps")
-    for step, x in enumerate(batches, 1):
-        hidden = draw_mask(len(x), L, s, settings.mask, settings.mask_block, random)
-        loss = objective(student, teacher, heads, x, hidden, target, settings.top, random)
+        # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
+        loss.sum().backward()
+        norm = clip_each_run(weights)
+
+        # a run that has diverged keeps the weights it had before this step
+        for r in (~(loss + norm).isfinite()).nonzero().flatten().tolist():
+            if not diverged[r]:
+                diverged[r] = step
+                stopped[r] = [w[r].clone() for w in teacher.parameters()]
+
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, step / settings.warmup)
+            group["lr"] = learning_rate(step, settings)
         optimizer.step()
         follow(teacher, student, settings.ema)
         if watch:
-            watch(step, loss, teacher)
-    return teacher, untrained
+            watch(step, loss.detach(), teacher)
+        if all(diverged):
+            break
+
+    for r, kept in stopped.items():
+        for w, before in zip(teacher.parameters(), kept):
+            w[r] = before
+    return teacher, untrained, diverged
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# one face with the other learners
+
+
+class Data2vec:
+    """What fit returns: a trained encoder, the same one before training, and their settings."""
+
+    def __init__(self, v, s, L, target, settings, encoder, untrained=None, diverged=0):
+        self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
+        self.encoder, self.untrained, self.diverged = encoder, untrained, diverged
+
+    def __repr__(self):
+        sizes = f"v={self.v} s={self.s} L={self.L}"
+        end = f", diverged at step {self.diverged}" if self.diverged else ""
+        return f"Data2vec({sizes}, target {self.target}, {self.settings.encoder}{end})"
+
+    def features(self, x):
+        """Strings (P, s^L) -> the teacher's maps, coarsest or first layer first.
+
+        A list of (P, n, d) float32 tensors, each layer-normalised: n = s, s^2, ..., s^L nodes for
+        the tree, always s^L positions for the transformer. Raises ValueError as as_strings does,
+        or if the strings have another length than those of training."""
+        x, L = as_strings(x, self.v, self.s)
+        if L != self.L:
+            raise ValueError(f"x: strings must have {self.s**self.L} symbols, not {x.shape[1]}")
+        return encode(self.encoder, x)
+
+    def save(self, file):
+        """Write sizes, settings and the teacher's weights; the file is complete or not there."""
+        sizes = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
+        weights = {name: w.cpu() for name, w in self.encoder.state_dict().items()}
+        torch.save({**sizes, "settings": vars(self.settings), "weights": weights}, f"{file}.part")
+        os.replace(f"{file}.part", file)
+
+
+def load(file):
+    """The Data2vec that save wrote, on the CPU. Raises ValueError if the file is anything else."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        settings = read_settings(SETTINGS, PRESETS, saved["settings"])
+        sizes = [int(saved[name]) for name in ("v", "s", "L")]
+        check_size(*sizes[:2], 1, sizes[2], 1, saved["target"], **saved["settings"])
+        encoder = build(1, *sizes, settings).requires_grad_(False)
+        encoder.load_state_dict(saved["weights"])
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
+    return Data2vec(*sizes, saved["target"], settings, encoder)
+
+
+def check_size(v, s, m, L, P, target="latent", **settings):
+    """Raises ValueError, naming the flag, unless one run fits into grammar.MEMORY.
+
+    Counted are strings with their levels, weights with their copies (student, teacher, untrained,
+    gradient, two of AdamW), and what a training step keeps for its gradient."""
+    settings = read_settings(SETTINGS, PRESETS, settings)
+    if target not in TARGETS:
+        raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
+    check_mask_block(settings.mask_block, L)
+    if settings.encoder == "transformer" and settings.width % settings.heads:
+        heads, width = settings.heads, settings.width
+        raise ValueError(f"width: must be a multiple of heads = {heads}, not {width}")
+    T, d, hidden = s**L, settings.width, settings.hidden
+    strings = 0 if settings.online else P
+    check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
+    tests = settings.test_strings + settings.probe_strings
+    check_memory("test-strings", tests * T * 8 * (d + 1), f"features of {tests} strings")
+    if settings.encoder == "tree":
+        weights = 2 * L * ((s + 1) * d * hidden + hidden * s * d)
+        position = 4 * (8 * d + 3 * hidden)
+    else:
+        weights = settings.layers * (4 * d * d + 2 * d * hidden + 13 * d) + T * d
+        position = settings.layers * (14 * d + 3 * hidden + 4 * settings.heads * T)
+    check_memory("width", 6 * 4 * weights, f"{weights} weights")
+    check_memory("batch", 4 * settings.batch * T * position, f"a step of {settings.batch} strings")
+
+
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **settings):
+    """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
+
+    xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always fresh
+    strings. seeds: one for each. watch(step, loss, teacher), if given, is called after every step
+    with the R losses and the R teachers in one encoder. settings: rows of SETTINGS, or preset.
+    A run depends on its own x and seed alone; one that diverges has .diverged = step.
+    Raises ValueError for strings, sizes or settings that can't be."""
+    options = read_settings(SETTINGS, PRESETS, settings)
+    runs, depths = [], set()
+    for x in xs:
+        if isinstance(x, Grammar):
+            runs.append(x)
+            depths.add((x.v, x.s, x.L))
+        else:
+            x, L = as_strings(x, v, s)
+            runs.append(x.to(device))
+            depths.add((v, s, L))
+    if len(depths) != 1 or depths != {(v, s, *[L for _, _, L in depths])}:
+        raise ValueError(f"x: all runs must have the same v, s and L, not {sorted(depths)}")
+    if len(seeds) != len(runs):
+        raise ValueError(f"seeds: must be one for each of {len(runs)} runs, not {len(seeds)}")
+    if options.online and not all(isinstance(x, Grammar) for x in runs):
+        raise ValueError("online: needs a Grammar in place of x")
+    L = depths.pop()[2]
+    P = max(1 if isinstance(x, Grammar) else len(x) for x in runs)
+    check_size(v, s, 1, L, P, target, **settings)
+    trained = train(runs, v, s, L, target, seeds, options, device, watch)
+    models = []
+    for r, step in enumerate(trained[2]):
+        own = [build(1, v, s, L, options).to(device).requires_grad_(False) for _ in range(2)]
+        for encoder, stacked in zip(own, trained):
+            for w, every in zip(encoder.parameters(), stacked.parameters()):
+                w.copy_(every[r : r + 1])
+        models.append(Data2vec(v, s, L, target, options, *own, step))
+    return models
+
+
+def fit(x, v, s, target="latent", seed=0, device="cpu", **settings):
+    """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
+    model = fit_many([x], v, s, target, [seed], device=device, **settings)[0]
+    if model.diverged:
+        raise FloatingPointError(why_diverged(model))
+    return model
+
+
+def why_diverged(model):
+    """One line: the step, and the likeliest culprits."""
+    lr, decay = model.settings.lr, model.settings.decay
+    return f"the loss is not finite at step {model.diverged}; try a smaller lr ({lr}) or decay ({decay})"
+
+
+# --------------------------------------------------------------------------------------------------
 # measures, all on fresh strings
 
 
 @torch.no_grad()
 def encode(encoder, x):
-    """(P, T) strings -> the encoder's maps, each layer-normalised: a list of (P, T, d)."""
-    pieces = [[normal(h) for h in encoder(rows.long())] for rows in x.split(PIECE)]
-    return [torch.cat(h) for h in zip(*pieces)]
+    """One encoder, strings (P, T) -> all its maps, each (P, n, d) and layer-normalised."""
+    pieces = [encoder(part.long()[None], 100) for part in x.split(PIECE)]
+    return [torch.cat(maps, 1)[0] for maps in zip(*pieces)]
 
 
-def under(h, nodes):
-    """(P, T, d) -> (P, nodes, d), the mean over the positions beneath each of so many equal nodes."""
-    return h.unflatten(1, (nodes, -1)).mean(2)
+def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
+    """Which levels do features know? Returns three lists over l = 1..L-1: (unseen, seen, collapsed).
 
-
-def readout(encoder, s, L):
-    """What the probes see of the nodes, as grammar.examine wants it: for every level the maps one by one, each averaged
-    under each node. The best map of a level counts; so it is for every target, whatever its K, and for no training."""
-
-    def features(x):
-        maps = encode(encoder, x)
-        return [[under(h, s ** (L - l)) for h in maps] for l in range(L)]  # each (P, s^(L-l), d)
-
-    return features
+    features: strings (P, T) -> a list of (P, n, d). A linear probe reads h^(l) from the features of
+    its node. It is fitted on strings in which one rule of every level-l symbol never occurs. unseen
+    is its accuracy on the tuples that this rule makes: it can only be right if synonyms look
+    alike. seen is its accuracy on the other tuples, whose parent it can look up: no proof of
+    anything. Of several maps the best counts, for every target and for no training alike.
+    collapsed: whether the probe answers with fewer than v symbols. Raises ValueError if m = 1."""
+    if grammar.m == 1:
+        raise ValueError("m: must be 2 or more here, since a single rule has no synonym to measure")
+    test = grammar.sample(settings.test_strings, (seed, 1), device)
+    tested = features(test[0])
+    results = []
+    for l in range(1, grammar.L):
+        probe = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
+        tuples = tuple_codes(test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
+        absent = torch.isin(tuples, tuple_codes(grammar.rules[l - 1][:, 0].to(device), grammar.v))
+        nodes = grammar.s ** (grammar.L - l)
+        found = []
+        for fitted, fresh in zip(features(probe[0]), tested):
+            predict = linear_probe(pool(fitted, nodes).flatten(0, 1), probe[l].flatten(), grammar.v)
+            answer = predict(pool(fresh, nodes)).argmax(2)
+            right = (answer == test[l]).float()
+            few = len(answer.unique()) < grammar.v
+            found.append((right[absent].mean().item(), right[~absent].mean().item(), few))
+        results.append(max(found))
+    return [list(column) for column in zip(*results)]
 
 
 def mlp_probe(features, labels, v, steps=2000, lr=1e-3, batch=256):
-    """The paper's other probe: d -> 2d -> v with GELU and dropout 0.1, by Adam. Arguments and result are those of
-    grammar.linear_probe."""
+    """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
+
+    features: (R, n, d) float; labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
+    All probes start alike and see the same rows and dropout, whatever R."""
+    R, n, d = features.shape
     random = torch.Generator().manual_seed(0)
-    d = features.shape[1]
-    net = initialise(network(d, 2 * d, v), random).to(features)
-    optimizer = torch.optim.Adam(net.parameters(), lr)
+    net = TwoLayers(R, d, 2 * d, v)
+    state = random.get_state()
+    starts = [torch.Generator().manual_seed(0).set_state(state) for _ in range(R)]
+    net = initialise(net, starts).to(features)
+    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
     for _ in range(steps):
-        rows = torch.randint(len(features), (batch,), generator=random).to(features.device)
+        rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
-        loss = F.cross_entropy(net[2](net[1](net[0](features[rows])) * keep), labels[rows].long())
+        hidden = F.gelu(net.first(features.index_select(1, rows))) * keep
+        error = cross_entropy(net.second(hidden)[:, None], labels.index_select(1, rows)[:, None].long())
         optimizer.zero_grad()
-        loss.backward()
+        error.mean(2).sum().backward()
         optimizer.step()
-    return net
+    return lambda h: net(h).argmax(2)
 
 
-def examine_root(encoder, exam):
-    """The paper's probes of the root label: (linear, MLP) accuracy on the mean-pooled last map."""
-    train, test = (encode(encoder, levels[0])[-1].mean(1) for levels in (exam.labelled, exam.test))
-    label, truth, v = exam.labelled[-1][:, 0], exam.test[-1][:, 0], exam.grammar.v
-    probes = [fit_probe(train, label, v) for fit_probe in (linear_probe, mlp_probe)]
-    return [(probe(test).argmax(1) == truth).float().mean().item() for probe in probes]
+def root_probe(encoders, grammars, seeds, settings, device="cpu"):
+    """The paper's measure: the root by an MLP probe of the last map, averaged over positions.
+
+    Returns (accuracy, collapsed), two lists with an entry for each of the R encoders."""
+    train, test, label, truth = [], [], [], []
+    for encoder, grammar, seed in zip(encoders, grammars, seeds):
+        labelled = grammar.sample(settings.probe_strings, (seed, 3), device)
+        fresh = grammar.sample(settings.test_strings, (seed, 1), device)
+        train.append(encode(encoder, labelled[0])[-1].mean(1))  # (n, d)
+        test.append(encode(encoder, fresh[0])[-1].mean(1))
+        label.append(labelled[-1][:, 0])
+        truth.append(fresh[-1][:, 0])
+    v = grammars[0].v
+    answer = mlp_probe(torch.stack(train), torch.stack(label), v)(torch.stack(test))  # (R, n)
+    accuracy = (answer == torch.stack(truth)).float().mean(1).tolist()
+    return accuracy, [len(a.unique()) < v for a in answer]
+
+
+def measure(models, grammars, seeds, device="cpu"):
+    """[Score] of what fit_many returned: the levels 1..L-1 by unseen synonyms, and level L, the
+    root, by the paper's probe; floor is the same of the untrained encoders."""
+    settings, L = models[0].settings, models[0].L
+    encoders = [model.encoder for model in models] + [model.untrained for model in models]
+    roots, poor = root_probe(encoders, grammars * 2, seeds * 2, settings, device)
+    scores = []
+    for encoder, grammar, seed, root, few in zip(encoders, grammars * 2, seeds * 2, roots, poor):
+        unseen, _, collapsed = unseen_synonyms(
+            lambda x: encode(encoder, x), grammar, seed, settings, device)
+        scores.append((unseen + [root], collapsed + [few]))
+    R, results = len(models), []
+    for model, (accuracy, collapsed), (floor, _) in zip(models, scores[:R], scores[R:]):
+        if model.diverged:
+            accuracy, collapsed = [0.0] * L, [False] * L
+        results.append(Score(accuracy, collapsed, floor, model.diverged))
+    return results
+
+
+def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
+    """Runs of the sweep, side by side: [Score], one for each grammar, P and seed; see measure.
+
+    Online runs see P strings in all, each once, so that P / batch is their number of steps."""
+    grammars, seeds = list(grammars), list(seeds)
+    first = grammars[0]
+    options = read_settings(SETTINGS, PRESETS, settings)
+    if options.online:
+        models = []
+        for grammar, P, seed in zip(grammars, samples, seeds):
+            steps = max(1, P // options.batch)
+            models += fit_many([grammar], first.v, first.s, target, [seed], device=device,
+                               **{**settings, "steps": steps})
+    else:
+        xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
+        models = fit_many(xs, first.v, first.s, target, seeds, device=device, **settings)
+    return measure(models, grammars, seeds, device)
 
 
 @torch.no_grad()
-def synonym_scores(encoder, exam, strings=1024):
-    """The paper's synonym score C_l (Figs. 5, 13), for the levels l = 1..L-1 and every map: (L-1, maps) float.
+def synonym_scores(encoder, grammar, seed, settings, device="cpu", strings=1024):
+    """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: a list of float.
 
-    A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, always another one, and all below is
-    resampled; the state that may move is the layer-normalised map averaged under the node. C_l = 1 - (mean distance
-    moved by synonyms) / (mean distance moved by any tuple): 1 if synonyms are the same, about 0 if they are nothing
-    special, as in an untrained encoder."""
-    levels = [h[:strings] for h in exam.test]
-    grammar, rows = exam.grammar, torch.arange(len(levels[0]), device=levels[0].device)
+    A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, always another one,
+    and all below is resampled. The state that may move is the map averaged under the node. C_l is
+    1 - (mean distance moved by synonyms) / (mean distance moved by any tuple): 1 if synonyms are
+    the same, about 0 if they are nothing special, as in an untrained encoder."""
+    levels = grammar.sample(min(strings, settings.test_strings), (seed, 1), device)
     before = encode(encoder, levels[0])
+    rows = torch.arange(len(levels[0]), device=device)
     scores = []
     for l in range(1, grammar.L):
-        moved = {}
+        nodes = grammar.s ** (grammar.L - l)
+        moved = []
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
-            change = [under(b - a, grammar.s ** (grammar.L - l))[rows, node]  # (strings, d)
-                      for a, b in zip(before, encode(encoder, swapped[0]))]
-            moved[kind] = torch.stack([c.norm(dim=1).mean() for c in change])  # (maps,)
-        scores.append(1 - moved["synonym"] / moved["generic"].clamp(min=1e-12))
-    return torch.stack(scores)
+            after = encode(encoder, swapped[0])
+            change = [pool(b - a, nodes)[rows, node] for a, b in zip(before, after)]
+            moved.append(torch.stack([c.norm(dim=1).mean() for c in change]))  # (maps,)
+        scores.append((1 - moved[0] / moved[1].clamp(min=1e-12)).max().item())
+    return scores
 
 
-def spread(encoder, exam, top):
-    """Does the target collapse? (standard deviation, effective rank) of the latent target over positions and strings:
-    the root mean square over its d features, and exp(entropy of the covariance's normalised eigenvalues), 1 to d."""
-    maps = encode(encoder, exam.test[0][:PIECE])[-top:]
-    h = (sum(maps) / len(maps)).flatten(0, 1).double()
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(h.T).cpu()).clamp(min=1e-30)
-    return eigenvalues.mean().sqrt().item(), torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
+def spread(encoder, x, top):
+    """Does the target collapse? (standard deviation, effective rank) of the latent target of
+    strings x, over positions and strings: the root mean square over its d features, and
+    exp(entropy of the covariance's normalised eigenvalues), from 1 to d. In float64 on the CPU."""
+    maps = encode(encoder, x)[-top:]
+    target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)  # (P, T, d)
+    covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)
+    share = eigenvalues / eigenvalues.sum()
+    return eigenvalues.mean().sqrt().item(), torch.special.entr(share).sum().exp().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the sweep's function, and alone
+# --------------------------------------------------------------------------------------------------
+# alone
 
 
-def load(file):
-    """The encoder that --save wrote."""
-    saved = torch.load(file, weights_only=True)
-    sizes = saved["v"], saved["s"], saved["L"]
-    encoder = build(*sizes, Settings(**saved["settings"]), torch.Generator())
-    encoder.load_state_dict(saved["encoder"])
-    return encoder
-
-
-def recover(grammar, P, seed, target="latent", preset="tree", device="cpu", **changes):
-    """One run of the sweep: learn from P strings, score on fresh ones. changes: other values of settings; in the
-    online regime the steps follow from P.
-
-    Returns (accuracy, collapsed), lists over the levels 1..L-1: unseen-synonym accuracy and the mark of `examine`."""
-    settings = PRESETS[preset]._replace(**changes)
-    if settings.regime == "online":
-        settings = settings._replace(steps=max(1, P // settings.batch))
-    strings = batches(grammar, P, seed, settings, device)
-    teacher, _ = fit(strings, grammar.v, grammar.s, grammar.L, target, settings, seed, device)
-    unseen, _, collapsed = examine(readout(teacher, grammar.s, grammar.L), Exam(grammar, seed, device))
-    return unseen, collapsed
+def check_files(parser, args):
+    """--trace and --save must be two files that can be written; nothing is left behind."""
+    if args.trace and args.save and os.path.realpath(args.trace) == os.path.realpath(args.save):
+        parser.error("argument --save: must not be the file of --trace")
+    for flag in ("trace", "save"):
+        file = getattr(args, flag)
+        if file is None:
+            continue
+        new = not os.path.exists(file)
+        try:
+            open(file, "ab").close()
+        except OSError as error:
+            parser.error(f"argument --{flag}: cannot write {file}: {error.strerror}")
+        if new:
+            os.remove(file)
 
 
 def main():
     parser = Parser(__doc__)
     add_grammar_flags(parser, m=3, samples=2048)
-    parser.add_argument("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
-    parser.add_argument("--preset", choices=PRESETS, default="tree", help="of the settings below (default tree)")
-    for name, kind, *values, text in TABLE[1:]:
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
-        how = {"choices": ("offline", "online")} if name == "regime" else how
-        text = f"{text} (tree {values[0]}, transformer {values[1]}, paper {values[2]})"
-        parser.add_argument("--" + name.replace("_", "-"), default=None, help=text, **how)
-    parser.add_argument("--trace", metavar="FILE.csv", help="write what is printed while training to this file")
-    parser.add_argument("--save", metavar="FILE.pt", help="write the encoder's weights and settings to this file")
+    parser.add_argument("--target", choices=TARGETS, default="latent", help="what is predicted")
+    add_settings(parser, SETTINGS, PRESETS)
+    parser.add_argument("--trace", metavar="FILE.csv", help="write what is printed to this file")
+    parser.add_argument("--save", metavar="FILE.pt", help="write the trained encoder to this file")
     args = parser.parse_args()
     grammar = grammar_from_flags(parser, args)
     device = pick_device(parser, args.device)
-    changes = {name: getattr(args, name) for name in Settings._fields[1:] if getattr(args, name) is not None}
-    settings = PRESETS[args.preset]._replace(**changes)
-    v, s, L = args.v, args.s, args.depth
-    if args.m == 1:
-        parser.error("argument --m: must be 2 or more here, since a single rule has no synonym to measure")
-    if settings.encoder == "transformer" and settings.width % settings.heads:
-        parser.error(f"argument --width: must be a multiple of --heads, {settings.heads}, not {settings.width}")
+    given = given_settings(SETTINGS, args)
+    v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
-        check_block(settings.mask_block, L)
+        settings = read_settings(SETTINGS, PRESETS, given)
+        check_size(v, s, m, L, P, args.target, **given)
+        if m == 1:
+            raise ValueError("m: must be 2 or more here: a single rule has no synonym to measure")
     except ValueError as error:
         parser.error(f"argument --{error}")
-    for flag in ("trace", "save"):  # find out before the training, not after it
-        try:
-            open(getattr(args, flag) or os.devnull, "ab").close()
-        except OSError as error:
-            parser.error(f"argument --{flag}: cannot write {getattr(args, flag)}: {error.strerror}")
-    P = args.samples if settings.regime == "offline" else settings.steps * settings.batch
-    print(f"{P} strings of {s**L} tokens, v={v} s={s} m={args.m} L={L}; target {args.target}, ", end="")
-    print(f"{settings.encoder} encoder, {settings.regime}; v m^3 = {v * args.m**3}")
-    print("\nunseen l: level l as read by a probe that never saw the tuples in question; synonyms l: their score")
+    check_files(parser, args)
+
+    strings = f"{P} strings"
+    if settings.online:
+        strings = "always fresh strings"
+    print(f"{strings} of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3};", end=" ")
+    print(f"target {args.target}, {settings.encoder} encoder")
+    print("unseen l: level l read from tuples that the probe never saw; synonyms l: their score\n")
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
-    print("    step     loss  target std   rank" + "".join(f"{column:>12}" for column in columns))
-    exam, quick, trace = Exam(grammar, args.seed, device), Exam(grammar, args.seed, device, tests=PIECE), []
+    print("    step     loss  target std   rank" + "".join(f"{name:>12}" for name in columns))
+    trace = open(args.trace or os.devnull, "w", newline="")
+    table = csv.writer(trace, lineterminator="\n")
+    table.writerow(["step", "loss", "target std", "rank", *columns])
+
+    quick = read_settings(SETTINGS, PRESETS, {**given, "test_strings": min(512, settings.test_strings)})
+    shown = grammar.sample(quick.test_strings, (args.seed, 1), device)[0]
+    bar = tqdm(total=settings.steps, unit="step", leave=False)
 
     def watch(step, loss, teacher):
-        if step == 1 or step % max(1, settings.steps // 25) == 0:
-            unseen = examine(readout(teacher, s, L), quick)[0]
-            trace.append([step, loss.item(), *spread(teacher, exam, settings.top), *unseen,
-                          *synonym_scores(teacher, quick).amax(1).tolist()])
-            text = "{:8} {:8.4f}{:12.3f}{:7.1f}".format(*trace[-1])
-            tqdm.write(text + "".join(f"{a:12.2f}" for a in trace[-1][4:]))
+        bar.update()
+        if step > 1 and step % max(1, settings.steps // settings.probes):
+            return
+        unseen = unseen_synonyms(lambda x: encode(teacher, x), grammar, args.seed, quick, device)[0]
+        synonyms = synonym_scores(teacher, grammar, args.seed, quick, device)
+        row = [step, loss.item(), *spread(teacher, shown, settings.top), *unseen, *synonyms]
+        table.writerow(row)
+        trace.flush()  # whatever ends the run, what it has shown is on disk
+        text = "{:8} {:8.4f}{:12.3f}{:7.1f}".format(*row)
+        tqdm.write(text + "".join(f"{number:12.2f}" for number in row[4:]))
 
-    strings = tqdm(batches(grammar, P, args.seed, settings, device), total=settings.steps, unit="step", leave=False)
-    encoders = fit(strings, v, s, L, args.target, settings, args.seed, device, watch)
-    print(f"\non {TEST_STRINGS} fresh strings (chance {1 / v:.3f})     trained   untrained")
-    results = [examine(readout(encoder, s, L), exam) for encoder in encoders]
-    scores = [synonym_scores(encoder, exam) for encoder in encoders]  # each (L-1, maps)
-    for l in range(1, L):
-        unseen, seen, marks = ([result[i][l - 1] for result in results] for i in range(3))
-        print(f"level {l}  unseen synonyms           {unseen[0]:12.3f}{unseen[1]:12.3f}" + "   collapsed" * marks[0])
-        print(f"         seen tuples, a look-up    {seen[0]:12.3f}{seen[1]:12.3f}")
-        print("         synonym score, best map   {:12.3f}{:12.3f}".format(*(c[l - 1].max().item() for c in scores)))
-    for name, *right in zip(("linear probe", "MLP probe"), *(examine_root(encoder, exam) for encoder in encoders)):
-        print(f"root     {name:26}{right[0]:12.3f}{right[1]:12.3f}")
-    if args.trace:
-        with open(args.trace, "w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerows([["step", "loss", "target std", "rank", *columns], *trace])
+    x = grammar if settings.online else grammar.sample(P, args.seed, device)[0]
+    model = fit_many([x], v, s, args.target, [args.seed], watch, device, **given)[0]
+    bar.close()
+    trace.close()
+    if model.diverged:
+        parser.exit(1, f"{parser.prog}: {why_diverged(model)}\n")
+    score = measure([model], [grammar], [args.seed], device)[0]
+    print(f"\non {settings.test_strings} fresh strings (chance {1 / v:.3f})     trained   untrained")
+    names = [f"level {l}  unseen synonyms, best map" for l in range(1, L)]
+    for name, accuracy, floor, few in zip(
+        [*names, "root     MLP probe of the last map"], score.accuracy, score.floor, score.collapsed
+    ):
+        print(f"{name:36}{accuracy:10.3f}{floor:12.3f}" + "   collapsed" * few)
     if args.save:
-        sizes = {"v": v, "s": s, "L": L}
-        torch.save({**sizes, "settings": settings._asdict(), "encoder": encoders[0].state_dict()}, args.save)
+        model.save(args.save)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

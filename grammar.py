@@ -18,10 +18,8 @@ would show, exact inference, the score, and what all scripts share.
 """
 
 import argparse
-import csv
 import difflib
 import errno
-import io
 import math
 import numbers
 import os
@@ -29,8 +27,7 @@ import re
 import signal
 import sys
 import threading
-import time
-import zipfile
+import timeit
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
@@ -42,7 +39,6 @@ CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
 TEST_STRINGS = 4096   # fresh strings, that every score is taken on
 RIDGE = 1e-3          # of the linear probe, on features of size about 1
 MEMORY = 2**34        # bytes: what would need more is refused before it starts
-TARGETS = ("latent", "token", "root", "joint")  # what a learner may predict
 
 
 # ----------------------------------------------------------------------------------------
@@ -118,16 +114,17 @@ class Grammar:
             with open(file, "rb") as opened:
                 found = np.load(opened, allow_pickle=False)
                 arrays = dict(found) if hasattr(found, "files") else dict(enumerate(found))
-        except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile):
-            raise ValueError(f"load: {file} holds no arrays of rules") from None
-        zipf = arrays.pop("zipf", np.zeros(()))
-        names = [f"rules{l}" for l in range(len(arrays))]
-        rules = [arrays[name] for name in names if name in arrays] or list(arrays.values())
-        if not rules or rules[0].ndim != 3 or zipf.shape != ():
-            raise ValueError(f"load: {file} holds no (v, m, s) arrays of rules")
-        v, m, s = rules[0].shape
+            zipf = arrays.pop("zipf", np.zeros(())).item()
+            # named rules0, rules1, ... or all arrays in their order
+            named = [name for name in arrays if str(name).startswith("rules")]
+            rules = [arrays[f"rules{l}"] for l in range(len(named))] or [*arrays.values()]
+            v, m, s = rules[0].shape
+        except OSError:
+            raise
+        except Exception:  # whatever foreign bytes lead to
+            raise ValueError(f"load: {file} holds no (v, m, s) arrays of rules") from None
         try:
-            return Grammar(v, s, m, len(rules), rules, zipf.item())
+            return Grammar(v, s, m, len(rules), rules, zipf)
         except ValueError as error:
             raise ValueError(f"load: {file}: {error}") from None
 
@@ -158,26 +155,28 @@ class Grammar:
             rules[l - 1][:, j] = rules[l - 1][:, (j + 1) % m]
         rng = generator("strings", seed)
         pick = self._picker(rng)
-        chunk = max(1, CHUNK_TOKENS // s**L)
-        rows = math.ceil(P / chunk) * chunk  # whole chunks are drawn: samples are nested
-        levels = [np.empty((rows, s ** (L - l)), np.uint8) for l in range(L + 1)]
         byte = np.min_scalar_type(v * m - 1).type  # the narrowest that numbers all rules
+
+        # whole chunks are drawn, so that a smaller sample is the start of a larger one
+        chunk = max(1, CHUNK_TOKENS // s**L)
+        rows = math.ceil(P / chunk) * chunk
+        levels = [np.empty((rows, s ** (L - l)), np.uint8) for l in range(L + 1)]
         for start in range(0, rows, chunk):
             part = [level[start : start + chunk] for level in levels]
+            # from the root down, every symbol picks one of its rules
             part[L][:] = rng.integers(v, size=(chunk, 1), dtype=np.uint8)
             for l in reversed(range(L)):
                 rule = part[l + 1] * byte(m) + pick(part[l + 1].shape)
-                tuples = rules[l].reshape(v * m, s)
-                # clip promises that no index is checked: the tuples go straight to out
-                out = part[l].reshape(*rule.shape, s)
-                tuples.take(rule, axis=0, out=out, mode="clip")
+                children = part[l].reshape(*rule.shape, s)
+                # take writes straight into children if it need not check (clip)
+                rules[l].reshape(v * m, s).take(rule, axis=0, out=children, mode="clip")
         return [torch.from_numpy(level[:P]).to(device) for level in levels]
 
     def _picker(self, rng):
         """A function from a shape to the rules 0..m-1 that so many symbols pick."""
         m, k = self.m, 1
         byte = np.min_scalar_type(self.v * m - 1)
-        if self.zipf:
+        if self.zipf:  # where a number from 0 to 1 falls among the summed chances
             steps = self.p.cumsum(0)[:-1].numpy()
             return lambda shape: np.searchsorted(steps, rng.random(shape), "right").astype(byte)
         # random numbers are the slow part: one below m^k holds k picks, its digits
@@ -209,6 +208,7 @@ class Grammar:
             raise ValueError(f"x: {where}: {x[p, t]} is not a symbol, 0 to {self.v - 1}")
         levels = [x.to(torch.uint8, copy=True)]
         for l in range(self.L):
+            # find each tuple among the sorted rules; its place tells the parent
             rules = self.rules[l].to(x.device).flatten(0, 1)            # (v m, s)
             codes, order = tuple_codes(rules, self.v).sort()
             code = tuple_codes(levels[l].unflatten(1, (-1, self.s)), self.v)
@@ -258,6 +258,7 @@ class Grammar:
             new = draw_other(rng, np.tile(p / self.v, self.v), old)
         swapped[l][each, node] = new // m
 
+        # and all below it, drawn afresh
         h = tuples[new]                                     # (P, s)
         for k in reversed(range(l)):
             swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
@@ -349,25 +350,31 @@ class Grammar:
         v, s, L = self.v, self.s, self.L
         check_memory("depth", 24 * s ** (L - 1) * v * v, "contexts of the root")
         W = [self.transition(l) for l in range(L)]          # (s, v, v) each
-        p = torch.full((v,), 1 / v, dtype=torch.float64)    # the mean over a level's nodes
-        mean = [p]
+        I = torch.eye(v, dtype=torch.float64)
+
+        # what a symbol is, over all nodes of a level: the root is uniform
+        mean = [I.mean(0)]
         for l in reversed(range(L)):
             mean.insert(0, mean[0] @ W[l].mean(0))
-        # distances of contexts q W, a mean over many W: q (mean of W W^T) q^T will do
-        tokens, metric = torch.eye(v, dtype=torch.float64), {"joint": torch.eye(v).double()}
-        found = {target: [] for target in TARGETS}
+
+        # a target is some way below the cousin, so that contexts are q W with q the
+        # cousin's symbol; for the mean of |q W|^2 over many W, that of W W^T will do
+        tokens = I
+        found = {"latent": [], "token": [], "root": [], "joint": []}
         for l in range(L - 1):
             tokens = (W[l] @ tokens @ W[l].mT).mean(0)
-            metric |= {"latent": (W[l] @ W[l].mT).mean(0), "token": tokens}
-            pairs = [(i, j) for i in range(s) for j in range(s) if i != j]
-            joint = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in pairs]
-            for target, inner in metric.items():
-                found[target].append(spread(torch.stack(joint), inner))
+            latent = (W[l] @ W[l].mT).mean(0)
+            places = [(i, j) for i in range(s) for j in range(s) if i != j]
+            pairs = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in places]
+            pairs = torch.stack(pairs)                      # (s (s-1), v, v)
+            for target, inner in ("latent", latent), ("token", tokens), ("joint", I):
+                found[target].append(spread(pairs, inner))
+
         # a root label is not equally far from all tuples: each position by itself
-        down = torch.eye(v, dtype=torch.float64)[None]      # (n, v, v) from the root
+        down = I[None]                                      # (n, v, v) from the root
         for l in reversed(range(1, L)):
             down = (down[:, None] @ W[l]).flatten(0, 1)
-            found["root"].insert(0, spread(down.mT / v, torch.eye(v).double()))
+            found["root"].insert(0, spread(down.mT / v, I))
         return found
 
     # ------------------------------------------------------------------------------------
@@ -429,9 +436,10 @@ def spread(joint, inner):
     """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n
     places, inner (v, v) the scalar product of two rows. A parent that is never seen at a
     place gets the mean context there, as in cluster.py."""
-    share = joint.sum(2, keepdim=True)
+    share = joint.sum(2, keepdim=True)                      # (n, v, 1)
     mean = joint.sum(1, keepdim=True) / share.sum(1, keepdim=True)
     q = torch.where(share > 0, joint / share.clamp(min=1e-300), mean)
+    # |q_a - q_b|^2 = |q_a|^2 + |q_b|^2 - 2 q_a.q_b
     gram = q @ inner @ q.mT                                 # (n, v, v)
     size = gram.diagonal(dim1=1, dim2=2)
     squares = size[:, :, None] + size[:, None] - 2 * gram
@@ -582,13 +590,18 @@ def whole_numbers(name, x):
     return x
 
 
-def check_sizes(v, s, m, L):
-    """Raise ValueError, naming the size, unless these four describe a grammar that can be
-    stored: symbols in a byte, v^s below 2^63, strings of at most 2^24 tokens."""
+def check_tuples(v, s):
+    """Raise ValueError unless a symbol fits in a byte, and a tuple in 63 bits."""
     check_whole("v", v, 2, 256)
     check_whole("s", s, 2, 62)
     if v**s >= 2**63:
         raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
+
+
+def check_sizes(v, s, m, L):
+    """Raise ValueError, naming the size, unless these four describe a grammar that can be
+    stored. A string has at most 2^24 tokens."""
+    check_tuples(v, s)
     check_whole("m", m, 1, v ** (s - 1))
     check_whole("depth", L, 2, int(24 / math.log2(s) + 1e-9))
     # drawing them without repetition may list all v^s, if these are not many more
@@ -602,10 +615,7 @@ def as_strings(x, v, s):
     x: an integer tensor, array or list of lists of symbols 0..v-1; never written to.
     Raises ValueError, naming the argument, unless there is a string, its length is a power
     of s from s^2 on, and every entry is a symbol."""
-    check_whole("v", v, 2, 256)
-    check_whole("s", s, 2, 62)
-    if v**s >= 2**63:
-        raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
+    check_tuples(v, s)
     x = whole_numbers("x", x)
     length = x.shape[1] if x.ndim == 2 and len(x) else 0
     L = 0
@@ -924,56 +934,32 @@ def bench(grammar):
         "memory copy": lambda: source.copy(),
     }
     for name, work in works.items():
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        speed = source.size / min(seconds) / 1e6
+        seconds = min(timeit.repeat(work, number=1, repeat=5))
+        speed = source.size / seconds / 1e6
         print(f"{name:20} {speed:8.0f} million tokens per second")
 
 
-def contrast_table(grammars):
-    """Grammar.contrast of several grammars of one size, root mean square over them: a list
-    of (target, level, contrast, P). level is the parents', 1..L-1; P is where sampling
-    noise is as large."""
-    found = [grammar.contrast() for grammar in grammars]
-    v, m, L = grammars[0].v, grammars[0].m, grammars[0].L
-    rows = []
-    for target in TARGETS:
-        for l in range(L - 1):
-            squares = [one[target][l] ** 2 for one in found]
+def show_contrast(grammars, path):
+    """Print Grammar.contrast, root mean square over grammars of one size, and the number of
+    strings P at which sampling noise is as large. path: of a CSV file, or None."""
+    g, found = grammars[0], [grammar.contrast() for grammar in grammars]
+    print(f"{g}, {len(grammars)} of them")
+    print("how far apart parents' contexts are, and P where sqrt(v m / P) is as large\n")
+    print("level" + "".join(f"{target:>18}" for target in found[0]))
+    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P"]
+    for level in range(1, g.L):
+        cells = ""
+        for target in found[0]:
+            squares = [one[target][level - 1] ** 2 for one in found]
             contrast = math.sqrt(sum(squares) / len(squares))
-            P = v * m / contrast**2 if contrast else math.inf
-            rows.append((target, l + 1, contrast, P))
-    return rows
-
-
-def draw_contrast(rows, seeds, grammar):
-    """The rows of contrast_table as text."""
-    found = {(target, level): (contrast, P) for target, level, contrast, P in rows}
-    lines = [
-        f"{grammar}, {seeds} grammars: how far apart parents' contexts are, and at how many",
-        "strings P the sampling noise sqrt(v m / P) is as large",
-        "",
-        "level" + "".join(f"{target:>18}" for target in TARGETS),
-    ]
-    for level in range(1, grammar.L):
-        cells = [found[target, level] for target in TARGETS]
-        text = "".join(f"{contrast:9.3f} {P:8.3g}" for contrast, P in cells)
-        lines.append(f"{level:5}{text}")
-    return "\n".join(lines)
-
-
-def save_contrast(path, rows, seeds, grammar):
-    """Write the rows of contrast_table as CSV."""
-    sizes = [grammar.v, grammar.s, grammar.m, grammar.L, grammar.zipf, seeds]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow("v s m L zipf seeds target level contrast P".split())
-    for target, level, contrast, P in rows:
-        table.writerow([*sizes, target, level, f"{contrast:.6g}", f"{P:.6g}"])
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+            P = g.v * g.m / contrast**2 if contrast else math.inf
+            cells += f"{contrast:9.3f} {P:8.3g}"
+            sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
+            lines.append(f"{sizes},{target},{level},{contrast:.6g},{P:.6g}")
+        print(f"{level:5}{cells}")
+    if path:
+        text = "\n".join(lines) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save_strings(path, grammar, levels):
@@ -990,19 +976,25 @@ def main():
     add = parser.add_argument
     add("--samples", type=whole(1), default=1, help="P, derivations to draw (default 1)")
     add("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")
-    add("--save", metavar="FILE.npz", type=new_file, help="write strings, levels and rules")
-    add("--bench", action="store_true", help="time the sampler instead")
-    add("--contrast", action="store_true", help="how far apart parents' contexts are instead")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--save", metavar="FILE.npz", type=new_file, help="write strings, levels and rules")
+    one("--bench", action="store_true", help="time the sampler instead")
+    one("--contrast", action="store_true", help="how far apart parents' contexts are instead")
     add("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
     add("--csv", metavar="FILE", type=new_file, help="with --contrast: write it to a file")
     args = parser.parse_args()
     for flag in ("seeds", "csv"):
         if getattr(args, flag) is not None and not args.contrast:
             parser.error(f"argument --{flag}: only goes with --contrast")
+    if args.load and args.seeds:
+        parser.error("argument --seeds: a loaded grammar is a single one")
     try:
         grammar = Grammar.load(args.load) if args.load else grammar_from_flags(parser, args)
         if args.contrast:
-            return show_contrast(parser, args, grammar)
+            grammars = [grammar]
+            for args.seed in range(args.seed + 1, args.seed + (args.seeds or 1)):
+                grammars.append(grammar_from_flags(parser, args))
+            return show_contrast(grammars, args.csv)
         if args.bench:
             return bench(grammar)
         levels = grammar.sample(args.samples, args.seed)
@@ -1018,24 +1010,12 @@ def main():
     if grammar.s**grammar.L <= 81:
         print(draw_tree(levels, grammar.s))
     else:
-        print("one string:", *levels[0][0].tolist())
+        some = levels[0][0, :81].tolist()
+        print("one string:", *some, "..." if len(some) < levels[0].shape[1] else "")
     print(f"\nf = {grammar.f:.3g} of all tuples are used; how far apart the parents' contexts "
           "are, in sqrt(1-f)/m:")
     for l, spread_ in enumerate(spreads):
         print(f"  parents on level {l + 1}: {spread_:.2f}")
-
-
-def show_contrast(parser, args, grammar):
-    grammars = [grammar]
-    for seed in range(args.seed + 1, args.seed + (args.seeds or 1)):
-        if args.load:
-            parser.error("argument --seeds: a loaded grammar is a single one")
-        sizes = args.v, args.s, args.m, args.depth
-        grammars.append(Grammar.random(*sizes, seed, args.zipf))
-    rows = contrast_table(grammars)
-    if args.csv:
-        save_contrast(args.csv, rows, len(grammars), grammar)
-    print(draw_contrast(rows, len(grammars), grammar))
 
 
 if __name__ == "__main__":

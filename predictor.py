@@ -12,7 +12,7 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
               tuples under the same grandparent), one for each child position the tuple may have.
               It is trained by cross-entropy, and the target is what the learners differ in:
                 latent  the cousins' level-l codes, from a teacher: v m^3 strings on every level
-                token   the raw tokens under the cousins: v m^(l+2) strings
+                token   the raw tokens under the cousins: v m^(l+2) strings for level l
                 joint   latent, and the teacher's own symbol for the cousin, one level up (ours)
   clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi
               are pulled to one code, and tuples with unlike phi are pushed apart.
@@ -26,7 +26,6 @@ P* is about v m^3 at every depth: the tables are in README and assets.
 """
 
 import copy
-import csv
 import importlib.util
 import math
 import os
@@ -65,8 +64,8 @@ SETTINGS = (
     Setting("elements", choice("all", "one"), "all", "all",
             "one: a single element of a single cousin is predicted, from one position (fig. 8)"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
-            "tuples with one code: of one k-means group; or of similar phi; or phi minus its mean"),
-    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity from which on tuples are alike"),
+            "tuples with one code: of one k-means group, or of like phi (centred: minus its mean)"),
+    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity of alike tuples"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
     Setting("gate", real(0, 1), 0.1, 0.0,
@@ -151,6 +150,7 @@ class Module(nn.Module):
         logits = self.predict(tuples)                          # (R, N, heads d)
         log_phi = logits.unflatten(-1, (*self.heads, d)).log_softmax(-1)
         phi = log_phi.exp().flatten(2)                         # (R, N, heads d)
+        # the paper's "stop-gradient from clusterer to predictor"
         if local:
             phi = phi.detach()
         above = self.cluster(self.norm(phi)).softmax(-1)       # (R, N, d)
@@ -204,15 +204,17 @@ class Network(nn.Module):
 
 
 def heads_of(target, elements, s, L):
-    """For every module: (own positions, cousins, elements under a cousin) to predict."""
-    shapes = []
+    """For every module: (own positions, cousins, symbols known of a cousin) that it predicts."""
+    heads = []
     for l in range(L - 1):
-        wide = s ** (l + 1) if target == "token" else s
-        shape = (s, s - 1, wide) if elements == "all" else (1, 1, 1)
+        symbols = s ** (l + 1) if target == "token" else s
+        own, others = s, s - 1
+        if elements == "one":
+            own, others, symbols = 1, 1, 1
         if target == "joint":
-            shape = (*shape[:2], shape[2] + 1)
-        shapes.append(shape)
-    return shapes
+            symbols += 1                                # the cousin's own
+        heads.append((own, others, symbols))
+    return heads
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def goal(target, codes, l, s, elements):
     """What the tuples of level l are known by: (R, B, s^(L-l-1), E, d), for E symbols.
 
     codes: the teacher's, of the levels from 0 on."""
-    n = codes[l].shape[2] // s
+    n = codes[0].shape[2] // s ** (l + 1)
 
     def below(h):
         symbols = h.unflatten(2, (n, -1))               # (R, B, n, symbols under a tuple, d)
@@ -237,22 +239,26 @@ def goal(target, codes, l, s, elements):
         return torch.cat([below(codes[l]), codes[l + 1].unsqueeze(3)], 3)
 
 
-def prediction_loss(log_phi, goal, s):
+def prediction_loss(log_phi, aim, s):
     """Cross-entropy to what the cousins are known by. A tuple uses the heads for its own child
     position alone.
 
-    log_phi: (R, N, I, C, E, d); goal: (R, B, n, E, d) with B n = N. Returns (loss, gain), (R,)
-    both: the mean over tuples, cousins and elements in nats; and without gradient, the share of
-    what can be known about the goal that is known already, at most 1."""
+    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N.
+    Returns (loss, gain), (R,) both: the mean over tuples, cousins and elements in nats; and,
+    without gradient, the share of what can be known about the aim that is known already."""
     R, N, I, C, E, d = log_phi.shape
-    families = goal.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
-    others = cousins(s, goal.device)[:I, :C]               # (I, C)
+    # what a tuple's cousins are known by
+    families = aim.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
+    others = cousins(s, aim.device)[:I, :C]               # (I, C)
     seen = families[:, :, others]                          # (R, N/s, I, C, E, d)
+
+    # of the heads for all positions, those for the tuple's own
     log_phi = log_phi.view(R, N // s, s, I, C, E, d)
     own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
     terms = seen.shape[1:-1].numel()
     loss = -(seen * own).flatten(1).sum(1) / terms         # (R,)
 
+    # the loss falls from the marginal entropy, if phi knows nothing, to the conditional one
     with torch.no_grad():
         marginal = entropy(seen.mean(1)).flatten(1).mean(1)
         conditional = entropy(seen).flatten(1).mean(1)
@@ -295,6 +301,7 @@ def grouping(phi, v, noise):
     seeds = torch.cat(seeds, -1).flatten(1)                # (K, STARTS v)
     parents = x[run[..., 0], seeds]                        # (K, STARTS v, D)
 
+    # then k-means: the likeliest parent of each tuple, the mean tuple of each parent
     for _ in range(ROUNDS):
         likelihood = (parents.log() @ x.mT).unflatten(1, (STARTS, v))       # (K, STARTS, v, n)
         member = likelihood == likelihood.amax(2, keepdim=True)
@@ -307,7 +314,10 @@ def grouping(phi, v, noise):
 
 def similar(phi, threshold, centred):
     """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is above
-    the threshold. centred: of phi minus its mean over the batch."""
+    the threshold. centred: of phi minus its mean over the batch.
+
+    As the rule stands, every phi is near the mean, all pairs are alike and the codes collapse to
+    one, at the paper's sizes too; centred it works there."""
     if centred:
         phi = phi - phi.mean(-2, keepdim=True)
     unit = F.normalize(phi, dim=-1)
@@ -318,18 +328,18 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     """Mean over all pairs of -log c_i.c_j where they are alike, and of separation times
     -log(1 - c_i.c_j) where they are not; and sparsity times the mean entropy of a code.
 
-    c_i.c_j is the chance that symbols drawn from the two codes are the same.
-
     codes: (..., n, d) soft codes; alike: (..., n, n) bool. Returns (...), one for each module.
+    c_i.c_j is the chance that symbols drawn from the two codes are the same.
     Our choice of form: unlike a squared distance the logarithm keeps a gradient between two codes
     that are both nearly one-hot, so that codes that split one symbol can still merge."""
     n = codes.shape[-2]
     overlap = codes @ codes.mT                             # (..., n, n)
-    alike = alike.float()                                  # torch.where is slow here
+    alike = alike.float()                                  # torch.where would be slow
+
     # the chance that the two symbols are the same, or different, as they should be; never 0
-    chance = 1.0001 - 0.9901 * alike + (2 * alike - 1) * overlap
+    chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
-    weight.diagonal(dim1=-2, dim2=-1).zero_()
+    weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
     loss = -(weight * chance.log()).flatten(-2).sum(-1) / (n * (n - 1))
     if sparsity:
         loss = loss + sparsity * entropy(codes).mean(-1)
@@ -340,6 +350,7 @@ def losses(student, wanted, draw, v, target, options):
     """(prediction, clustering), (R, L-1) each: the losses of every run and module on a Draw.
 
     wanted: the teacher's codes of the same strings."""
+    # what the student predicts of the cousins, and how it names the tuples
     log_phi, codes = student(draw.strings, options.detach)
     s = student.sizes["s"]
     run = torch.arange(len(draw.strings), device=draw.strings.device)[:, None]
@@ -362,6 +373,7 @@ def losses(student, wanted, draw, v, target, options):
         above = codes[l + 1].flatten(1, 2)                             # (R, N, d)
         items.append(above[run, chosen])                               # (R, n, d)
 
+    # raw tokens are more the higher the module: zeros fill up what the lower ones lack
     widest = max(some.shape[-1] for some in phi)
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
     if options.alike == "groups":
@@ -418,6 +430,7 @@ def choose(uniform, n):
 
 def train(xs, v, s, L, target, seeds, steps, options, watch=None):
     """The training loop, for R runs of equally many steps. Returns R Predictors."""
+    # every run has its own generator, for its weights and then for its batches
     R, device = len(xs), xs[0].device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     heads = heads_of(target, options.elements, s, L)
@@ -448,10 +461,13 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
         for r, finite in enumerate(loss.isfinite().tolist()):
             if not finite and r not in ended:
                 ended[r] = Predictor(student.run(r), v, L, target, step + 1)
+        if len(ended) == R:
+            break
 
+        # runs share no weight: the gradient of the sum is each run's own
         optimizer.zero_grad()
         if options.combine == "sum":
-            loss.sum().backward()    # runs share no weight: the gradient of each is its own
+            loss.sum().backward()
         else:
             jacobian_descent(parts[0], weights)
         optimizer.step()
@@ -535,21 +551,17 @@ def read_options(v, target, settings):
 def check_size(v, s, m, L, P, target="latent", **settings):
     """Raise ValueError, naming the flag, if a run of these sizes would need too much memory."""
     options = read_options(v, target, settings)
-    strings = max(P, TEST_STRINGS)
-    check_memory("samples" if P > TEST_STRINGS else "depth", 2 * strings * s**L,
-                 f"{strings} strings of {s**L} tokens")
-    weights, activations = 0, 0
+    hidden, d, batch = options.hidden, options.codes, options.batch
+    check_memory("depth", 2 * TEST_STRINGS * s**L, f"{TEST_STRINGS} strings of {s**L} tokens")
+    check_memory("samples", 2 * P * s**L, f"{P} strings of {s**L} tokens")
+    weights, numbers = 0, 6 * (L - 1) * (2 * batch) ** 2     # the table of pairs, to begin with
     for l, heads in enumerate(heads_of(target, options.elements, s, L)):
-        width = math.prod(heads) * options.codes
-        inputs = s * options.codes
-        weights += options.hidden * (inputs + options.hidden + 2 * width + options.codes)
-        tuples = options.batch * s ** (L - l - 1)
-        activations += tuples * (inputs + 6 * options.hidden + 8 * width)
-    pairs = (2 * options.batch) ** 2 * (L - 1)
-    # float32: weights, gradient, two moments, teacher; a block of batches is in bytes
+        width = math.prod(heads) * d
+        weights += hidden * (s * d + hidden + 2 * width + d)
+        numbers += batch * s ** (L - l - 1) * (s * d + 6 * hidden + 8 * width)
+    # the weights stand with their gradient, two moments and the teacher
     check_memory("hidden", 4 * 5 * weights, "the weights")
-    check_memory("batch", 4 * (activations + 6 * pairs), "a step")
-    check_memory("batch", BLOCK * options.batch * s**L, f"the strings of {BLOCK} steps")
+    check_memory("batch", 4 * numbers + BLOCK * batch * s**L, "a step")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,7 +587,7 @@ class Predictor:
         hard: their arg-max, (P, s^(L-l)) int64. Raises ValueError, naming x."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
-            raise ValueError(f"x: strings must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
+            raise ValueError(f"x: must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
         x = x.to(next(self.network.parameters()).device)
         training = self.network.training
         self.network.eval()
@@ -599,16 +611,21 @@ class Predictor:
 
 
 def load(file):
-    """The Predictor that save wrote, on the CPU. Raises ValueError if the file is another."""
+    """The Predictor that save wrote, on the CPU. Raises ValueError if it wrote no such file."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        network = Network(1, **saved["sizes"])
+        about, sizes = saved["predictor"], saved["sizes"]
+        network = Network(1, **sizes)
         network.load_state_dict(saved["weights"])
-        return Predictor(network, **saved["predictor"])
+        learned = Predictor(network, **about)
+        right = learned.L == len(sizes["heads"]) + 1 and learned.v in range(2, sizes["d"] + 1)
     except OSError:
         raise
-    except Exception as error:
-        raise ValueError(f"file: {file} is not what Predictor.save wrote") from error
+    except Exception:
+        right = False
+    if not right:
+        raise ValueError(f"file: {file} is not what Predictor.save wrote")
+    return learned
 
 
 def score(learned, truth):
@@ -644,27 +661,26 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     """What the sweep asks: run r learns from samples[r] strings of grammars[r], with seeds[r].
 
     All grammars have the same v, s, m, L. Returns a Score for each run: levels 1..L-1 by the best
-    matching, and the root by a linear probe of the final code; floor is the same before training."""
+    matching, and the root by a linear probe of the final code. floor: the same, untrained."""
     v, s, L = grammars[0].v, grammars[0].s, grammars[0].L
-    train_levels = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
-    xs = [levels[0] for levels in train_levels]
+    known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
+    xs = [levels[0] for levels in known]
     learned = fit_many(xs, v, s, target, seeds, **settings)
     # untrained: steps of no length, that show the batch norms the size of phi
     still = settings | {"lr": 0.0, "steps": 10}
     untrained = fit_many(xs, v, s, target, seeds, **still)
 
     scores = []
-    for r, grammar in enumerate(grammars):
-        if learned[r].diverged:
-            scores.append(Score([0.0] * L, [True] * L, None, learned[r].diverged))
+    for grammar, levels, seed, run, before in zip(grammars, known, seeds, learned, untrained):
+        if run.diverged:
+            scores.append(Score([0.0] * L, [True] * L, None, run.diverged))
             continue
-        truth = grammar.sample(TEST_STRINGS, (seeds[r], 1), device)
-        rows = score(learned[r], truth)
-        _, root, answers = probe(learned[r], train_levels[r], truth)
-        found = [a for a, _, _ in rows] + [root]
-        collapsed = [used < v for _, used, _ in rows] + [answers < v]
-        floor = [a for a, _, _ in score(untrained[r], truth)]
-        floor.append(probe(untrained[r], train_levels[r], truth)[1])
+        truth = grammar.sample(TEST_STRINGS, (seed, 1), device)
+        rows = score(run, truth)
+        _, root, answers = probe(run, levels, truth)
+        found = [row[0] for row in rows] + [root]
+        collapsed = [in_use < v for _, in_use, _ in rows] + [answers < v]
+        floor = [row[0] for row in score(before, truth)] + [probe(before, levels, truth)[1]]
         scores.append(Score(found, collapsed, floor))
     return scores
 
@@ -678,74 +694,64 @@ def main():
     parser.add_argument("--trace", metavar="FILE.csv", help="write accuracy and loss by the step")
     parser.add_argument("--save", metavar="FILE", help="write the weights, for predictor.load")
     args = parser.parse_args()
-    settings = given_settings(SETTINGS, args)
     device = pick_device(parser, args.device)
     grammar = grammar_from_flags(parser, args)
+    settings = given_settings(SETTINGS, args)
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        check_files(args.trace, args.save)
+        check_files(trace=args.trace, save=args.save)
     except ValueError as error:
         parser.error(f"argument --{error}")
 
     levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
     glance = [h[:256] for h in truth]
-    trace = open(args.trace, "w", newline="") if args.trace else None
-    if trace:
-        columns = [f"{name} {l}" for l in range(1, L) for name in ("accuracy", "prediction")]
-        csv.writer(trace).writerow(["step", *columns])
-    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(bar_format=layout)
+    trace = open(args.trace or os.devnull, "w", encoding="utf-8")
+    columns = [f"accuracy {l},prediction {l}" for l in range(1, L)]
+    print("step", *columns, sep=",", file=trace, flush=True)
+    bar = tqdm(bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
 
     def watch(step, steps, network, prediction):
         bar.total = steps
         bar.update()
         if step % max(1, steps // 80) and step != steps:
             return
-        rows = score(Predictor(network, v, L, args.target), glance)
-        found = [a for a, _, _ in rows]
-        text = " ".join(f"{a:.2f}" for a in found)
-        bar.set_postfix_str(f"accuracy of levels 1..{L - 1}: {text}")
-        if trace:
-            pairs = [f"{x:.6f}" for pair in zip(found, prediction[0].tolist()) for x in pair]
-            csv.writer(trace).writerow([step, *pairs])
-            trace.flush()
+        found = [row[0] for row in score(Predictor(network, v, L, args.target), glance)]
+        pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(found, prediction[0].tolist())]
+        print(step, *pairs, sep=",", file=trace, flush=True)
+        bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in found))
 
-    try:
-        learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
-    except FloatingPointError as error:
-        bar.close()
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    finally:
-        bar.close()
-        if trace:
-            trace.close()
+    with trace, bar:
+        try:
+            learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
+        except FloatingPointError as error:
+            bar.close()
+            parser.exit(1, f"{parser.prog}: {error}\n")
     if args.save:
         learned.save(args.save)
+
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(learned)
-    print(f"\nlevel   accuracy on {TEST_STRINGS} fresh strings   codes in use   "
-          f"entropy (of {math.log(v):.2f})")
-    for l, (found, used, H) in enumerate(score(learned, truth), 1):
-        mark = "   collapsed" if used < v else ""
-        print(f"{l:5}   {found:8.3f}{'':25}{used:12}   {H:7.2f}{mark}")
+    print(f"\nlevel   accuracy   codes in use   entropy (of {math.log(v):.2f})")
+    for l, (found, in_use, spread) in enumerate(score(learned, truth), 1):
+        mark = "   collapsed" if in_use < v else ""
+        print(f"{l:5}   {found:8.3f}   {in_use:12}   {spread:7.2f}{mark}")
     below, root, _ = probe(learned, levels, truth)
     print(f"\nlinear probes of the final code: level {L - 1} {below:.3f}, root {root:.3f}")
     if learned.network.sizes["d"] >= v * m:
         print(f"(d_h >= v m = {v * m}: such a probe could read tuples that were never merged)")
 
 
-def check_files(trace, save):
-    """Raise ValueError, naming the flag, unless the two files can be written."""
-    for flag, file in (("trace", trace), ("save", save)):
-        if file is None:
-            continue
-        path = Path(file)
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{flag}: cannot write {file}")
-    if trace and save and Path(trace).resolve() == Path(save).resolve():
-        raise ValueError(f"save: must be another file than --trace, not {save}")
+def check_files(**files):
+    """Raise ValueError, naming the flag, unless each file that is given can be written."""
+    paths = {flag: Path(file).resolve() for flag, file in files.items() if file}
+    for flag, path in paths.items():
+        there = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{flag}: must be a file that can be written, not {path}")
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(f"{flag}: must be another file than the other flags', not {path}")
 
 
 if __name__ == "__main__":

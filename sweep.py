@@ -90,14 +90,19 @@ class Learner(NamedTuple):
     sees: Callable = None         # (v, settings) -> strings that all its steps look at, if they end
     seconds: Callable = lambda L, P: 1.0     # a guess at a run on one core, in a binary tree
     side: int = 1                 # runs in one call, at most: networks train them side by side
+    growth: dict = {}             # {target: how P* grows with every level in the theory, "1" or "m"}
     seeds: int = 5                # by default
 
 
+GROWTH = {
+    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
+}
 LEARNERS = {
     "cluster": Learner(
         cluster.recover, cluster.TARGETS, cluster.SETTINGS, cluster.PRESETS, cluster.check_size,
         first=lambda v, s, m: v * m / (2 * s),  # fewer than half of the top tuples can be seen
         seconds=lambda L, P: 0.1 + 1e-8 * P * 2**L,
+        growth=GROWTH,
     ),
     "predictor": Learner(
         predictor.recover, predictor.TARGETS, predictor.SETTINGS, predictor.PRESETS,
@@ -107,6 +112,7 @@ LEARNERS = {
         seconds=lambda L, P: 0.4 * 2**L,
         side=8,
         seeds=3,
+        growth=GROWTH,
     ),
     "data2vec": Learner(
         data2vec.recover, data2vec.TARGETS, data2vec.SETTINGS, data2vec.PRESETS,
@@ -116,16 +122,13 @@ LEARNERS = {
         seconds=lambda L, P: 1.5 * 2**L,
         side=8,
         seeds=3,
+        growth=GROWTH,
     ),
 }
 DEFAULT = {  # the rows of the first table, and the depth up to which they are run unless asked for
     "cluster": 24, "cluster-token": 24, "cluster-root": 24, "cluster-joint": 24,
     "predictor": 24, "predictor-token": 4, "data2vec": 4, "data2vec-token": 4,
 }
-GROWTH = {  # of P* with every level, in the theory
-    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
-}
-
 
 class Method(NamedTuple):
     """A method's name, taken apart."""
@@ -212,7 +215,7 @@ def last_rung(cell):
     method = read_method(cell.method)
     learner = method.learner
     last, reason = 2**40, "beyond Pmax"
-    online = getattr(method.settings, "regime", "offline") == "online"  # then P makes the steps
+    online = getattr(method.settings, "online", False)  # then the steps follow from P
     if learner.sees and not online:
         last, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
     P = first_rung(cell)
@@ -470,7 +473,8 @@ def depth_tables(measures, unrun, cell_text):
             growth = slope_text(deep, math.exp)
             growth += f" {min(deep)}..{max(deep)}" if growth else ""
             name = method if part == "tree" else f"{method}, root"
-            law = GROWTH.get(read_method(method).target, "") if part == "tree" else ""
+            growth_of = read_method(method).learner.growth
+            law = growth_of.get(read_method(method).target, "") if part == "tree" else ""
             table.append([name, *(texts.get(L, "") for L in depths), growth, law])
         tables.append(table)
     return tables
@@ -576,47 +580,26 @@ def next_batch(cell, seeds, runs, cap, busy):
         ahead = 1 if side == 1 or recovered else 2 if climbed else 3
         ahead = [P * RUNG**i for i in range(ahead)]
         rungs += [(P, seed) for P in ahead if P <= highest and P not in known]
-    rungs = sorted(rung for rung in rungs if (cell, *rung) not in busy)
+    rungs = sorted(rung for rung in rungs if rung not in busy)
     batches = max(1, math.ceil(len(rungs) / side))
     return rungs[: math.ceil(len(rungs) / batches)]
 
 
-class Clock:
-    """An honest bar: its unit is the core second. Each learner's guesses are corrected by how long
-    its finished runs took."""
+def guess(cell, P):
+    """Core seconds of one run, by the learner's own guess for binary trees."""
+    return read_method(cell.method).learner.seconds(cell.L * math.log2(cell.s), P)
 
-    def __init__(self):
-        layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=1, bar_format=layout, delay=0.5)
-        self.took, self.guessed = {}, {}
 
-    def guess(self, cell, P):
-        key, learner = read_method(cell.method)[1:3]
-        pace = self.took[key] / self.guessed[key] if key in self.took else 1.0
-        return pace * learner.seconds(cell.L * math.log2(cell.s), P)
-
-    def finished(self, cell, P, seconds):
-        key, learner = read_method(cell.method)[1:3]
-        guess = learner.seconds(cell.L * math.log2(cell.s), P)
-        self.took[key] = self.took.get(key, 0.0) + seconds
-        self.guessed[key] = self.guessed.get(key, 0.0) + guess
-
-    def show(self, cells, runs, cap, running):
-        """running: (cell, rungs, when it began) of every batch under way. A ladder is guessed to
-        have five rungs, and one more if it has reached them."""
-        left = 0.0
-        for cell, seeds in cells.items():
-            for seed in seeds:
-                climbed, P, _ = climb(cell, runs.get(Ladder(cell, seed), {}), cap)
-                if P is not None:
-                    left += max(1, 5 - len(climbed)) * self.guess(cell, P)
-        under_way = sum(time.time() - begun for _, _, begun in running)
-        done = sum(self.took.values())
-        self.bar.n = done + under_way
-        self.bar.total = max(self.bar.n, done + left)
-        names = (f"{c.method[:30]} L={c.L} P={rungs[-1][0]}" for c, rungs, _ in running)
-        self.bar.set_postfix_str(", ".join(names), refresh=False)
-        self.bar.refresh()
+def seconds_left(cells, runs, cap):
+    """A guess at the core seconds until all ladders are climbed: each has five rungs, and one more
+    if it has reached them."""
+    left = 0.0
+    for cell, seeds in cells.items():
+        for seed in seeds:
+            climbed, P, _ = climb(cell, runs.get(Ladder(cell, seed), {}), cap)
+            if P is not None:
+                left += max(1, 5 - len(climbed)) * guess(cell, P)
+    return left
 
 
 def sweep(cells, folder, cap, device, jobs, report):
@@ -624,52 +607,57 @@ def sweep(cells, folder, cap, device, jobs, report):
     run on disk at once. cells: {Cell: seeds}. report(key) is called whenever all ladders of a
     learner have come to their ends, and report(None) now and then."""
     # one learner after the other, the deepest trees first: long work last leaves cores idle
-    cells = {cell: cells[cell] for cell in sorted(cells, key=lambda c: (row_order(c)[4], -c.L))}
-    unfinished = {read_method(cell.method).key for cell in cells}
-    running = {}  # future -> (cell, rungs, when it began)
-    runs, clock, last_report = folder.runs, Clock(), time.time()
+    order = sorted(cells, key=lambda cell: (row_order(cell)[4], -cell.L))
+    climbing = {cell: cells[cell] for cell in order}
+    running = {}  # future -> (cell, rungs)
+    runs, next_look, next_report = folder.runs, 0.0, time.time() + 10
+    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=seconds_left(climbing, runs, cap), bar_format=layout, smoothing=0)
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
     try:
-        while True:
-            for cell, seeds in cells.items():
-                busy = {(c, *rung) for c, rungs, _ in running.values() for rung in rungs}
-                batch = next_batch(cell, seeds, runs, cap, busy)
+        while climbing:
+            for cell in list(climbing):
+                if len(running) >= jobs:
+                    break
+                busy = {rung for c, rungs in running.values() if c == cell for rung in rungs}
+                batch = next_batch(cell, cells[cell], runs, cap, busy)
                 while batch and len(running) < jobs:
-                    running[pool.submit(run_batch, cell, batch, device)] = cell, batch, time.time()
-                    busy |= {(cell, *rung) for rung in batch}
-                    batch = next_batch(cell, seeds, runs, cap, busy)
-            if not running:
-                break
-            clock.show(cells, runs, cap, running.values())
+                    running[pool.submit(run_batch, cell, batch, device)] = cell, batch
+                    busy |= set(batch)
+                    batch = next_batch(cell, cells[cell], runs, cap, busy)
+                if not any(cell == c for c, _ in running.values()):  # all its ladders are climbed
+                    del climbing[cell]
+                    key = read_method(cell.method).key
+                    if all(read_method(c.method).key != key for c in climbing):
+                        report(key)
+            names = (f"{c.method[:30]} L={c.L} P={b[-1][0]}" for c, b in running.values())
+            bar.set_postfix_str(", ".join(names), refresh=False)
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                cell, _, _ = running.pop(future)
+                cell, _ = running.pop(future)
                 found = future.result()
                 folder.append(cell, found)
                 for (P, seed), run in found.items():
-                    clock.finished(cell, P, run.seconds)
+                    bar.n += guess(cell, P)
                     if run.score.diverged:
                         where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
                         tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
                                    "counts as not recovered")
-            climbing = {
-                read_method(cell.method).key for cell, seeds in cells.items() for seed in seeds
-                if climb(cell, runs.get(Ladder(cell, seed), {}), cap)[1]
-            }
-            for key in sorted(unfinished - climbing):
-                report(key)
-            unfinished &= climbing
-            if time.time() > last_report + 10:
+            if time.time() > next_look:
+                bar.total = bar.n + seconds_left(climbing, runs, cap)
+                next_look = time.time() + 1
+            bar.refresh()
+            if time.time() > next_report:
                 start = time.time()
                 report(None)
-                last_report = time.time() + 20 * (time.time() - start)  # 5 % of the time at most
+                next_report = time.time() + max(5, 20 * (time.time() - start))  # 5 % at most
     except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
         raise
     finally:
-        clock.bar.close()
+        bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -947,8 +935,9 @@ def main():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" else 1)
     out = Path(args.out)
+    learners = {read_method(cell.method).key for cell in cells}
     try:
-        folder = Folder(out, {read_method(cell.method).key for cell in cells})
+        folder = Folder(out, learners)
         folder.create()
     except Refused as error:
         parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
@@ -960,7 +949,7 @@ def main():
     def report(key):
         measures = folder.write_tables(caps, unrun)
         mine = {k: found for k, found in measures.items() if read_method(k[0].method).key == key}
-        if mine:
+        if mine and len(learners) > 1:
             tqdm.write(printed_tables(mine, []))
 
     try:
