@@ -141,7 +141,8 @@ def read(path):
     # what is not drawn is not checked; a trace has columns for every level, "unseen 3"
     kind = kinds[0]
     checked = {*KINDS[kind], *MISSING} - {"status"}
-    checked |= {name for name in header if re.fullmatch(r"\w+ \d+", name)}
+    levels = [name for name in header if re.fullmatch(r"\w+ \d+", name)]
+    checked |= {name for name in levels if name.split()[0] in LIMITS}
     rows = []
     for number, cells in lines:
         if None in cells or None in cells.values():

@@ -1742,7 +1742,7 @@ def test_bad_input_gets_one_line(script, arguments, tmp_path, monkeypatch, capsy
 STARS = "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,root_P50,root_P50_lo,root_P50_hi,seeds,status\n"
 STARS_OLD = "method,v,s,m,L,P50,P50_lo,P50_hi,P90,P50_over_vm3,seeds,censored\n"
 RUNS = "method,v,s,m,L,zipf,P,seed,level,accuracy\n"
-TRACE = "step,loss,unseen 1,unseen 2,synonyms 1,synonyms 2\n"
+TRACE = "step,loss 1,unseen 1,unseen 2,synonyms 1,synonyms 2\n"
 ALL_CELLS = STARS + """\
 cluster-first,8,2,3,3,0,229,200,260,500,,,,5,
 cluster-first,8,2,3,4,0,250,220,280,500,,,,5,
@@ -1782,7 +1782,7 @@ def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     kind, rows = table(tmp_path, ALL_CELLS)
     root, *tree = sorted(plot.cells_of(rows), key=lambda cell: not cell["what"].startswith("root"))
     assert kind == "depth" and root["method"] == "mine-token"
-    found = {(cell["method"], cell["L"]): cell["state"] for cell in [*tree]}
+    found = {(cell["method"], cell["L"]): cell["state"] for cell in tree}
     assert found == {
         ("cluster-first", 3): "", ("cluster-first", 4): "",
         ("cluster-token", 3): "beyond Pmax", ("cluster-token", 4): "not finished",
