@@ -25,7 +25,6 @@ import os
 import re
 import sys
 import textwrap
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -36,33 +35,29 @@ SPARE_COLOURS = ("#aa3377", "#e6b000", "#7fb8e8", "#7a6a53", "#999999")
 LINES = {"cluster": ("-", "o"), "predictor": ("--", "s"), "data2vec": (":", "^")}
 SPARE_LINES = (("-.", "D"), ("-.", "v"), ("-.", "P"), ("-.", "X"))
 MARKERS = "osD^vPX*"
-NAMES = {"latent": "own latents", "token": "tokens", "root": "labels", "joint": "joint"}
-PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}  # its methods: our learners
 
-POWERS = {  # a law's name: its power of m at depth L
+# the words of titles, and the paper's learners as ours
+NAMES = {"latent": "own latents", "token": "tokens", "root": "labels"}
+PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}
+
+LAWS = {  # a law of P*: its power of m at depth L
     "v\\,m^2": lambda L: 2,
     "v\\,m^3": lambda L: 3,
     "v\\,m^L": lambda L: L,
     "v\\,m^{L+1}": lambda L: L + 1,
 }
 OWN_LAW = {"joint": "v\\,m^2", "root": "v\\,m^L", "token": "v\\,m^{L+1}"}  # of others: v m^3
-SIGNS = {  # status of a cell that is only bounded: what stands at its open marker
-    "beyond Pmax": ("\u2191", "beyond the ladder"),
-    "limited by steps": ("\u22a4", "limited by steps"),
-    "not finished": ("?", "ladder not finished"),
-    "below Pmin": ("\u2193", "below the ladder"),
-    "untrained": ("\u2020", "above 0.5 without training"),
+
+# why P* is only bounded: the sign at its open marker
+BEYOND = {
+    "beyond Pmax": "\u2191", "limited by steps": "\u2191s",
+    "limited by memory": "\u2191m", "not finished": "\u2191?",
 }
-MOST_LINES = 8  # of a panel; where there are more, every variant of the settings gets a panel
+SIGNS = BEYOND | {"below Pmin": "\u2193"}
 STYLE = {
-    "font.size": 12,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-    "savefig.bbox": "tight",
+    "font.size": 12, "axes.titlesize": 12, "figure.titlesize": 13, "figure.labelsize": 11,
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "savefig.bbox": "tight", "savefig.dpi": 130,
 }
 
 
@@ -70,78 +65,56 @@ STYLE = {
 # read and check
 
 
-def whole(low, high):
-    """A reader of whole numbers from low to high; raises ValueError, as all readers here."""
-
-    def read(text):
-        digits = text.isascii() and text.isdigit() and len(text) < 16
-        if not (digits and low <= int(text) <= high):
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return read
-
-
-def real(low, high, empty=None):
-    """A reader of numbers; an empty cell, where it may be, is the value of empty."""
-
-    def read(text):
-        # without a default an empty cell is not a number
-        if not text and empty is not None:
-            return empty
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high:
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
-        return number
-
-    return read
-
-
-def matching(pattern):
-    """A reader of text that matches a pattern from end to end."""
-
-    def read(text):
-        if not re.fullmatch(pattern, text):
-            raise ValueError("is nothing that our scripts write there")
-        return text
-
-    return read
-
-
-def star(text):
-    """A cell of P*: "413", "> 4096", "< 16" or empty -> (sign, number); a number's sign is "="."""
-    if not text:
-        return "", math.nan
-    sign, _, bound = text.rpartition(" ")
-    if sign not in ("", "<", ">"):
-        raise ValueError("must be a number, > number or < number")
-    return sign or "=", count(bound)
-
-
-count = real(1e-9, 1e18)
-end = real(1e-9, 1e18, empty=math.nan)  # of an interval
-word = matching(r"[\w.+=:()^-]+")  # nothing that a picture would take for a formula
-READERS = {
-    "method": word, "target": word, "status": matching("|".join(["", "not run", *SIGNS])),
-    "v": whole(2, 2**16), "s": whole(2, 2**16), "m": whole(1, 2**31), "L": whole(2, 24),
-    "zipf": real(0, 1e3, empty=0.0), "P": whole(1, 1e15), "seed": whole(0, 1e15),
-    "seeds": whole(0, 1e6), "level": whole(0, 24), "accuracy": real(0, 1),
-    "P50": star, "P50_lo": end, "P50_hi": end, "root_P50": star, "root_P50_lo": end,
-    "root_P50_hi": end, "root_floor": real(0, 1, empty=0.0), "contrast": real(0, 1e9),
-    "P_star": count, "step": whole(0, 1e15),
-}
-KINDS = {  # what a file with these columns is
-    "depth": "method v s m L P50 P50_lo P50_hi seeds".split(),
-    "runs": "method v s m L P seed level accuracy".split(),
-    "contrast": "v s m L target level contrast".split(),
-    "paper": "method v s m L target P_star".split(),
+KINDS = {  # the columns that tell what a file is
+    "depth": ["method", "v", "s", "m", "L", "P50", "P50_lo", "P50_hi"],
+    "runs": ["method", "v", "s", "m", "L", "P", "seed", "level", "accuracy"],
+    "contrast": ["v", "s", "m", "L", "target", "level", "contrast"],
+    "paper": ["method", "v", "s", "m", "L", "target", "P_star"],
     "data2vec": ["step", "unseen 1", "synonyms 1"],
     "predictor": ["step", "accuracy 1", "prediction 1"],
 }
-MAY_BE_MISSING = "zipf status root_P50 root_P50_lo root_P50_hi root_floor".split()
+MISSING = {  # the cells of columns that some files lack
+    "zipf": "0", "status": "", "root_P50": "", "root_P50_lo": "", "root_P50_hi": "",
+}
+LIMITS = {  # type, lowest and highest number of a column; "unseen" is that of "unseen 1"
+    "v": (int, 2, 2**16), "s": (int, 2, 2**16), "m": (int, 1, 2**31), "L": (int, 2, 24),
+    "P": (int, 1, 10**15), "seed": (int, 0, 10**15), "level": (int, 0, 24),
+    "step": (int, 0, 10**15), "zipf": (float, 0, 1000), "contrast": (float, 0, 1e9),
+    "accuracy": (float, 0, 1), "unseen": (float, 0, 1), "synonyms": (float, -1e9, 1e9),
+    "prediction": (float, -1e9, 1e9), "P_star": (float, 1e-9, 1e18),
+    "P50": (float, 1e-9, 1e18), "P50_lo": (float, 1e-9, 1e18), "P50_hi": (float, 1e-9, 1e18),
+}
+
+
+def check(column, text):
+    """A cell -> its value. Raises ValueError that says what its column may have.
+
+    P50 is "413", "> 4096", "< 16" or empty, and becomes ("=", 413.0), (">", 4096.0) and so on."""
+    if column in ("method", "target"):
+        # a picture would take $ for a formula
+        if not re.fullmatch(r"[\w.+=:()^-]+", text):
+            raise ValueError("must be a name of letters, digits and . + = : ( ) ^ -")
+        return text
+    if column == "P50":
+        if text in ("", "?"):
+            return "", math.nan
+        if text[:2] in ("> ", "< "):
+            return text[0], check("P_star", text[2:])
+        return "=", check("P_star", text)
+
+    # an interval may be missing, and nan in a trace is a gap in its line
+    quantity, _, level = column.partition(" ")
+    if text == "" and column in ("P50_lo", "P50_hi") or text == "nan" and level:
+        return math.nan
+    kind, low, high = LIMITS[quantity]
+    what = {int: "a whole number", float: "a number"}[kind]
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(f"must be {what} from {low:g} to {high:g}")
+    return number
 
 
 def read(path):
@@ -152,54 +125,51 @@ def read(path):
     try:
         text = path.read_bytes().decode()
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        lines = [(table.line_num, row) for row in table]
+        lines = [(table.line_num, cells) for cells in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
     # the columns say what it is
-    header = table.fieldnames or []
-    kind = next((kind for kind, needs in KINDS.items() if set(needs) <= set(header)), None)
-    if kind is None or not lines:
+    header = set(table.fieldnames or [])
+    kinds = [kind for kind, needed in KINDS.items() if header >= set(needed)]
+    if not kinds or not lines:
         raise ValueError(f"{path}: is no table or trace of our scripts, or has no rows")
     if not text.endswith("\n"):
         raise ValueError(f"{path}: is cut off in its last line")
 
-    # only columns that are drawn are checked; a trace has some for every level, "unseen 3"
-    needs = KINDS[kind] + MAY_BE_MISSING
-    readers = {name: READERS[name] for name in needs if name in READERS}
-    levels = [name for name in header if re.fullmatch(r"[a-z]+ \d+", name)]
-    readers |= {name: float for name in levels}  # nan is a gap in its line
-
+    # what is not drawn is not checked; a trace has columns for every level, "unseen 3"
+    kind = kinds[0]
+    checked = {*KINDS[kind], *MISSING} - {"status"}
+    levels = [name for name in header if re.fullmatch(r"\w+ \d+", name)]
+    checked |= {name for name in levels if name.split()[0] in LIMITS}
     rows = []
-    for number, row in lines:
-        if None in row or None in row.values():
+    for number, cells in lines:
+        if None in cells or None in cells.values():
             raise ValueError(f"{path}: line {number}: must have {len(header)} cells")
-        for name, reader in readers.items():
-            cell = row.get(name, "")
+        row = MISSING | cells | {"file": path}
+        for name in sorted(checked):
             try:
-                row[name] = reader(cell)
+                row[name] = check(name.removeprefix("root_"), row[name])
             except ValueError as error:
-                where = f"line {number}: {name} = {cell[:20]!r}"
-                raise ValueError(f"{path}: {where}: {error}") from None
+                cell = f"{name} = {row[name][:20]!r}"
+                raise ValueError(f"{path}: line {number}: {cell}: {error}") from None
         rows.append(row)
     return kind, rows
 
 
 def gather(names):
-    """Files, and folders of sweep.py -> {folder: {kind: [the rows of a file, ...]}}"""
-    files = []
-    for path in map(Path, names):
-        if path.is_dir():
-            files.append(path / "samples_vs_depth.csv")
-            runs = path / "runs.csv"
-            files += [runs] if runs.exists() else []
-        else:
-            files.append(path)
+    """Files, and folders of sweep.py -> {folder: {kind: rows}}."""
     found = {}
-    for path in files:
-        kind, rows = read(path)
-        found.setdefault(path.parent, {}).setdefault(kind, []).append(rows)
+    for path in map(Path, names):
+        files = [path]
+        if path.is_dir():
+            both = path / "samples_vs_depth.csv", path / "runs.csv"
+            files = [file for file in both if file.exists()]
+        for file in files:
+            kind, rows = read(file)
+            tables = found.setdefault(file.parent, {name: [] for name in KINDS})
+            tables[kind] += rows
     return found
 
 
@@ -208,14 +178,15 @@ def gather(names):
 
 
 def parts(method):
-    """data2vec-token:mask=0.15 -> ("data2vec", "token", "mask=0.15")"""
-    head, _, settings = method.partition(":")
-    learner, _, target = head.partition("-")
-    return learner, target or "latent", settings
+    """data2vec-token:mask=0.15 -> ("data2vec", "token")"""
+    name = method.split(":")[0]
+    learner, _, target = name.partition("-")
+    return learner, target or "latent"
 
 
 def with_spare(known, spare, names):
-    """{name: style}; the names that are not known share out the spare styles."""
+    """{name: style}; names that are not known share out the spare styles."""
+    # sorted, so that the order of rows changes no colour
     unknown = sorted(set(names) - set(known))
     return known | {name: spare[i % len(spare)] for i, name in enumerate(unknown)}
 
@@ -224,262 +195,190 @@ def group(rows, *columns):
     """{the values of some columns: the rows that have them}"""
     groups = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in columns), []).append(row)
+        key = tuple(row[name] for name in columns)
+        groups.setdefault(key, []).append(row)
     return groups
 
 
-def describe(v, s, m, zipf, L=None):
-    words = {"v": v, "s": s, "m": m, "L": L, "zipf": zipf or None}
-    return " ".join(f"{name}={x:g}" for name, x in words.items() if x is not None)
+def describe(**sizes):
+    """v=8 s=2 m=3, without what is 0"""
+    return " ".join(f"{name}={x:g}" for name, x in sizes.items() if x)
 
 
 def new_figure(rows, columns, width, height):
-    """A figure of panels, and these; width and height of one panel in inches."""
+    """A figure and its panels; width and height of one panel in inches."""
     from matplotlib.figure import Figure  # not pyplot, which would look for a screen
 
-    if rows * height > 400:
-        raise ValueError(f"{rows} rows of panels are too many for a picture; give fewer sizes")
-    figure = Figure(figsize=(columns * width, rows * height))
+    # constrained: titles and legends make their own room
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def shade(k, n):
-    """The k-th of n colours that get lighter."""
+    """Colour and marker of the k-th of n lines; colours get lighter."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](0.88 * k / max(1, n - 1))
+    # viridis' last tenth is too light on white
+    colour = colormaps["viridis"](0.88 * k / max(1, n - 1))
+    return {"color": colour, "marker": MARKERS[k % len(MARKERS)]}
 
 
-def spread(heights, gap):
-    """Ascending heights, moved as little as possible (least squares) to be a gap apart."""
-    # less i gaps they must only not fall: what falls is pooled and gets its mean
-    blocks = []
-    for i, height in enumerate(heights):
-        blocks.append([height - i * gap])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    room = max(0, 1 - (len(heights) - 1) * gap)
-    moved = [min(max(np.mean(block), 0), room) for block in blocks for _ in block]
-    return [height + i * gap for i, height in enumerate(moved)]
+def draw_line(axis, rows, x, y, scale=1.0, **style):
+    """One column of rows against another one, divided by scale. Returns (last y, line)."""
+    rows = sorted(rows, key=lambda row: row[x])
+    heights = [row[y] for row in rows]
+    line, = axis.plot([row[x] / scale for row in rows], heights, **style)
+    return heights[-1], line
 
 
-def label_ends(axis, ends, gap):
-    """Names to the right of a panel, none upon another, each with a piece of its line as a key.
-
-    ends: (x, y, name, style) of the last point of every line. A line that reaches the right side
-    is led to its name."""
-    # limits are fixed first: places are fractions of the panel
-    left, right = axis.set_xlim(axis.get_xlim())
-    low, high = np.log(axis.set_ylim(axis.get_ylim()))
-    ends = sorted(ends, key=lambda end: end[1])
-    wanted = [(math.log(y) - low) / (high - low) for _, y, *_ in ends]
-    panel = {"transform": axis.transAxes, "clip_on": False}
-    for (x, y, name, style), start, place in zip(ends, wanted, spread(wanted, gap)):
-        if right - x < 0.5:
-            lead = [(x - left) / (right - left) + 0.013, 1.03]
-            axis.plot(lead, [start, place], color="0.75", linewidth=0.8, zorder=0, **panel)
-        axis.plot([1.04, 1.085, 1.13], [place] * 3, markevery=[1], **panel, **style)
-        axis.text(1.145, place, name, va="center", **panel)
+def add_legend(axis, ends):
+    """Names to the right of a panel, in the order in which lines end there: [(last y, line)]."""
+    ends = sorted(ends, key=lambda end: -end[0])
+    lines = [line for _, line in ends]
+    axis.legend(handles=lines, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=3.5)
 
 
 # --------------------------------------------------------------------------------------------------
 # samples_vs_depth.png
 
 
-def cells_of(rows, prefix):
-    """The rows of one method -> its cells by depth, of P50 or root_P50, except what was not run."""
-    cells = {}
-    for row in rows:
-        sign, P = row[prefix + "P50"]
-        if not sign or row["status"] == "not run":
-            continue
+def cells_of(rows):
+    """Rows of samples_vs_depth.csv -> a cell for every P* that was measured, by depth.
 
-        # old files have no interval for a bound, and none may exclude its own number
-        ends = row[prefix + "P50_lo"], row[prefix + "P50_hi"]
-        low, high = np.nanmin([P, *ends]), np.nanmax([P, *ends])
+    A row has up to two, of level L-1 and of the root. The state of a cell is why its P is only a
+    bound, or empty."""
+    cells = []
+    for row in sorted(rows, key=lambda row: row["L"]):
+        for part, what in (("", "level L\u22121"), ("root_", "root, read by a probe")):
+            sign, P = row[f"{part}P50"]
+            if not sign:
+                continue  # not run
 
-        # the state says why there is only a bound; it is empty for a number
-        state = ""
-        if prefix and row["root_floor"] > 0.5:
-            state = "untrained"
-        elif sign in ("<", ">"):
-            state = row["status"] or {"<": "below Pmin", ">": "beyond Pmax"}[sign]
-        cell = {"L": row["L"], "P": P, "low": low, "high": high}
-        cells[row["L"]] = cell | {"state": state, "seeds": row["seeds"]}
-    return [cells[L] for L in sorted(cells)]
-
-
-def growth(cells, m):
-    """How P* of one method grows with depth, in words; None where its cells don't tell.
-
-    Least squares of ln P* on L from L = 3 on (at L = 2 most targets are the same), with the error
-    that the intervals imply. A cell that is only bounded, or of one seed, tells nothing."""
-    cells = [cell for cell in cells if cell["L"] >= 3]
-    if len(cells) < 2 or any(cell["state"] or cell["seeds"] < 2 for cell in cells):
-        return None
-
-    # the slope is a weighted sum of ln P*, so its error is one of theirs
-    L = np.array([cell["L"] for cell in cells], float)
-    weight = (L - L.mean()) / ((L - L.mean()) ** 2).sum()
-    slope = weight @ np.log([cell["P"] for cell in cells])
-    half = np.log([cell["high"] / cell["low"] for cell in cells]) / 2
-    error = np.sqrt((weight**2) @ (half**2))
-
-    # sqrt(m) lies between the two laws, which are a factor of 1 and of m a level
-    law = math.log(m)
-    if slope < law / 4 and slope + error < law / 2:
-        return "is flat"
-    if abs(slope - law) < law / 4 and slope - error > law / 2:
-        return "grows by about m a level"
-    if slope - error > 0:
-        return "grows"
-    return None
+            # the status is that of level L-1, so it may not explain the root's bound
+            beyond = row["status"] if row["status"] in BEYOND else "beyond Pmax"
+            state = {"=": "", "<": "below Pmin", ">": beyond}[sign]
+            low = math.nan if state else row[f"{part}P50_lo"]
+            high = math.nan if state else row[f"{part}P50_hi"]
+            cells.append(row | {"what": what, "P": P, "low": low, "high": high, "state": state})
+    return cells
 
 
 def conclusion(curves, m):
-    """What the known cells say of every target, or of single methods where they differ."""
-    # {target: {method: verdict}}
-    verdicts = {}
+    """A title: for which methods P* is flat from L = 3 on, and for which it grows.
+
+    curves: {method: cells}. A method whose intervals allow both, or are not there, is not named."""
+    flat, growing = [], []
     for method, cells in curves.items():
-        verdicts.setdefault(parts(method)[1], {})[method] = growth(cells, m)
+        # at L = 2 most targets are the same
+        cells = [cell for cell in cells if cell["L"] >= 3]
+        if not cells:
+            continue
 
-    # {verdict: names}; a target of which all learners say the same stands for them
-    said = {}
-    for target, found in verdicts.items():
-        if len(set(found.values())) == 1 and target in NAMES:
-            found = {NAMES[target]: found.popitem()[1]}
-        for name, verdict in found.items():
-            said.setdefault(verdict, []).append(name)
-    said.pop(None, None)
+        # the laws are a factor of 1 and of m a level: sqrt(m) lies between them
+        first, last = cells[0], cells[-1]
+        between = m ** ((last["L"] - first["L"]) / 2)
+        if last["high"] / first["low"] < between:
+            flat.append(method)
+        if last["low"] / first["high"] > between:
+            growing.append(method)
 
-    words = []
-    for verdict, names in sorted(said.items(), reverse=True):
-        many = f"{len(names)} methods" if len(names) > 5 else ", ".join(names)
-        words.append(f"{verdict} for {many}")
-    return f"From L = 3 on, P* {'; '.join(words)}" if words else "Samples needed against depth"
-
-
-def panels_of(rows):
-    """[((v, s, m, zipf), title, curves)], curves: {method: cells}. All lines of a size share a
-    panel if they are not too many; the root has its own."""
-    panels = []
-    for size, lines in group(rows, "v", "s", "m", "zipf").items():
-        variants = {}
-        many = len(group(lines, "method")) > MOST_LINES
-        for row in lines:
-            variants.setdefault(parts(row["method"])[2] if many else "", []).append(row)
-        for variant, part in variants.items():
-            for prefix, what in (("", "level L\u22121"), ("root_", "root, read by a probe")):
-                methods = group(part, "method").items()
-                curves = {method: cells_of(own, prefix) for (method,), own in methods}
-                curves = {method: cells for method, cells in curves.items() if cells}
-                title = f"{what}: {describe(*size)} {variant}"
-                if curves:
-                    panels.append((size, title, curves))
-    return panels
+    said = {"is flat for": flat, "grows with depth for": growing}
+    words = [f"{verdict} {', '.join(methods)}" for verdict, methods in said.items() if methods]
+    title = f"From L = 3 on, P* {'; '.join(words)}" if words else "P* against depth"
+    return textwrap.fill(title, 75)
 
 
-def line_styles(methods, targets, learners):
-    """{method: style}; settings of one learner and target differ by lightness and thickness."""
-    styles, alike = {}, {}
-    for method in methods:
-        learner, target, _ = parts(method)
-        # the first is full, those after it are mixed with white
-        number = alike[learner, target] = alike.get((learner, target), -1) + 1
-        keep = 1 / (1 + 0.7 * number)
-        rgb = [int(targets[target][i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        colour = [1 - keep * (1 - x) for x in rgb]
-        dash, marker = learners[learner]
-        styles[method] = {"color": colour, "linestyle": dash, "marker": marker}
-        styles[method] |= {"markersize": 7, "linewidth": 1.1 + 1.1 * keep}
+def styles_of(methods):
+    """{method: style}: the learner is line and marker, the target is the colour."""
+    learners = with_spare(LINES, SPARE_LINES, [parts(method)[0] for method in methods])
+    targets = with_spare(COLOURS, SPARE_COLOURS, [parts(method)[1] for method in methods])
+    styles = {}
+    for i, method in enumerate(methods):
+        learner, target = parts(method)
+        line, marker = learners[learner]
+        style = {"color": targets[target], "linestyle": line, "marker": marker, "markersize": 7}
+
+        # further settings of the same learner and target are lighter and thinner
+        alike = [parts(other) for other in methods[:i]].count((learner, target))
+        strength = 1 / (1 + 0.7 * alike)
+        styles[method] = style | {"alpha": strength, "linewidth": 1.1 + 1.1 * strength}
     return styles
 
 
-def draw_line(axis, cells, shift, style):
-    """One method: intervals as bars, and a cell that is only bounded open, with its sign."""
-    x = [cell["L"] + shift for cell in cells]
-    P = [cell["P"] for cell in cells]
-    known = [math.nan if cell["state"] else cell["P"] for cell in cells]
-    colour = style["color"]
-    # a thin line leads to bounds, the full one joins numbers alone
-    axis.plot(x, P, color=colour, linewidth=0.8, alpha=0.5)
-    axis.plot(x, known, **style)
-    look = {"color": colour, "fontsize": 13, "weight": "bold", "ha": "center", "va": "center"}
-    for cell, x in zip(cells, x):
-        state = cell["state"]
+def draw_method(axis, method, cells, shift, style):
+    """One line, with intervals, and bounds as open markers. Returns (last P, line)."""
+    # bold signs are read at this size, thin ones are not
+    look = {"color": style["color"], "weight": "bold", "ha": "center", "va": "center"}
+    numbers = []
+    for cell in cells:
+        x, P, state = cell["L"] + shift, cell["P"], cell["state"]
+        numbers.append(cell | {"x": x, "number": math.nan if state else P})
+
+        # no interval is nan, of which nothing is drawn
+        axis.vlines(x, cell["low"], cell["high"], color=style["color"], alpha=style["alpha"])
         if state:
-            axis.plot(x, cell["P"], **style | {"markerfacecolor": "white"})
-            points = 0, -12 if state == "below Pmin" else 12
-            place = {"xy": (x, cell["P"]), "xytext": points, "textcoords": "offset points"}
-            axis.annotate(SIGNS[state][0], **place, **look)
-        elif cell["seeds"] > 1:
-            axis.plot([x, x], [cell["low"], cell["high"]], color=colour, linewidth=1.2)
+            axis.plot(x, P, **style | {"markerfacecolor": "white"})
+            offset = 0, -13 if state == "below Pmin" else 13
+            axis.annotate(SIGNS[state], (x, P), offset, textcoords="offset points", **look)
+
+    # a thin line leads to bounds, the full one joins numbers alone
+    last, _ = draw_line(axis, numbers, "x", "P", color=style["color"], linewidth=0.8, alpha=0.5)
+    _, line = draw_line(axis, numbers, "x", "number", label=method, **style)
+    return last, line
 
 
-def draw_lines(axis, curves, styles):
-    """All methods of a panel, a little apart so that no bar hides another; returns their ends."""
+def draw_panel(axis, v, m, depths, curves, styles):
+    """The laws as guides, the methods, and the names of both. curves: {method: cells}"""
     ends = []
+    look = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
+    for law, power in LAWS.items():
+        guide = [{"L": L, "P": v * m ** power(L)} for L in depths]
+        ends.append(draw_line(axis, guide, "L", "P", label=f"${law}$", **look))
+
+    # methods stand a little apart, so that no interval hides another
     apart = min(0.05, 0.4 / len(curves))
+    middle = (len(curves) - 1) / 2
     for i, (method, cells) in enumerate(curves.items()):
-        shift = apart * (i - (len(curves) - 1) / 2)
-        draw_line(axis, cells, shift, styles[method])
-        ends.append((cells[-1]["L"] + shift, cells[-1]["P"], method, styles[method]))
-    return ends
+        shift = apart * (i - middle)
+        ends.append(draw_method(axis, method, cells, shift, styles[method]))
+    add_legend(axis, ends)
 
 
-def draw_laws(axis, size, depths, low, high):
-    """The laws as guides, except those that end outside of low..high; returns their ends."""
-    v, s, m, zipf = size
-    ends = []
-    for name, power in POWERS.items():
-        law = [v * m ** power(L) for L in depths]
-        guide = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
-        if low < law[-1] < high:
-            axis.plot(depths, law, **guide)
-            ends.append((depths[-1], law[-1], f"${name}$", guide))
-    return ends
-
-
-def notes_on(cells):
-    """What bars and signs mean, for those that occur."""
-    seeds = sorted({cell["seeds"] for cell in cells})
-    several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-    notes = [f"bars: 95 % intervals, {several} seeds"]
-    if seeds[0] < 2:
-        notes.append("no bar: one seed")
-    states = {cell["state"] for cell in cells}
-    notes += [f"open, {sign}: {words}" for state, (sign, words) in SIGNS.items() if state in states]
-    unbroken = [note.replace(" ", "\u00a0") for note in notes]
-    return textwrap.fill(";  ".join(unbroken), 90)
-
-
-def draw_depth(rows):
-    """The figure of samples_vs_depth.png from rows of samples_vs_depth.csv; None if nothing ran."""
-    panels = panels_of(rows)
+def draw_depth(tables):
+    """The figure of samples_vs_depth.png; None without a table, or if nothing ran."""
+    rows = tables["depth"]
+    if collapse_groups(tables["runs"]):
+        # a size of one depth is collapse.png's
+        sizes = group(rows, "v", "s", "m", "zipf").values()
+        rows = [row for size in sizes if len(group(size, "L")) > 1 for row in size]
+    cells = cells_of(rows)
+    panels = group(cells, "v", "s", "m", "zipf", "what")
     if not panels:
         return None
 
-    # one style for a name in all panels
-    split = [parts(row["method"]) for row in rows]
-    learners = with_spare(LINES, SPARE_LINES, [learner for learner, _, _ in split])
-    targets = with_spare(COLOURS, SPARE_COLOURS, [target for _, target, _ in split])
-
-    cells = [cell for *_, curves in panels for line in curves.values() for cell in line]
-    low, high = min(cell["low"] for cell in cells), max(cell["high"] for cell in cells)
+    # one style for a name, and one range of P, in all panels
+    styles = styles_of([method for method, in group(rows, "method")])
     depths = sorted({row["L"] for row in rows})
+    P = [cell[name] for cell in cells for name in ("P", "low", "high")]
+
     # a panel is as high as its names need
-    height = max(4.6, 0.27 * (len(POWERS) + max(len(curves) for *_, curves in panels)))
-    figure, axes = new_figure(len(panels), 1, 8, height + 1.1)
-    figure.subplots_adjust(hspace=1.3 / height)
-    for axis, (size, title, curves) in zip(axes[:, 0], panels):
-        axis.set(yscale="log", xticks=depths, xlim=(depths[0] - 0.25, depths[-1] + 0.25))
+    height = max(5.5, 0.27 * (len(LAWS) + len(styles)))
+    figure, axes = new_figure(len(panels), 1, 11, height)
+    for axis, (size, lines) in zip(axes[:, 0], sorted(panels.items())):
+        v, s, m, zipf, what = size
+        curves = {method: line for (method,), line in group(lines, "method").items()}
+        axis.set_title(f"{conclusion(curves, m)}\n{what}: {describe(v=v, s=s, m=m, zipf=zipf)}")
+        axis.set(yscale="log", ylim=(np.nanmin(P) / 3, np.nanmax(P) * 3), xticks=depths)
         axis.set(xlabel="depth L", ylabel="P*, training strings")
-        axis.set_title(f"{textwrap.fill(conclusion(curves, size[2]), 85)}\n{title}")
-        ends = draw_laws(axis, size, depths, low / 30, high * 30)
-        ends += draw_lines(axis, curves, line_styles(curves, targets, learners))
-        axis.set_ylim(min(axis.get_ylim()[0], low / 2), max(axis.get_ylim()[1], high * 2))
-        label_ends(axis, ends, 0.26 / height)
-    axis.text(0, -0.85 / height, notes_on(cells), transform=axis.transAxes, va="top", fontsize=11)
+        axis.set_xlim(depths[0] - 0.25, depths[-1] + 0.25)
+        draw_panel(axis, v, m, depths, curves, styles)
+
+    # what the signs mean, for those that occur
+    states = {cell["state"] for cell in cells}
+    notes = ["bars: 95 % intervals over seeds"]
+    notes += [f"{sign} {state}" for state, sign in SIGNS.items() if state in states]
+    figure.supxlabel(";  ".join(notes), x=0, ha="left")
     return figure
 
 
@@ -488,86 +387,70 @@ def draw_depth(rows):
 
 
 def collapse_groups(runs):
-    """{(method, v, s, zipf, L): rows of level L-1}, at the largest depth that has several m."""
-    runs = [row for row in runs if row["level"] == row["L"] - 1]
+    """{(method, v, s, zipf): rows of level L-1}, at the largest depth that has several m."""
+    top = [row for row in runs if row["level"] == row["L"] - 1]
+    top = sorted(top, key=lambda row: row["L"])
+
+    # deeper trees come later and replace shallower ones
     deepest = {}
-    for key, rows in group(runs, "method", "v", "s", "zipf", "L").items():
-        *rest, L = key
-        if len(group(rows, "m")) > 1 and L >= deepest.get(tuple(rest), (0,))[0]:
-            deepest[tuple(rest)] = L, key, rows
-    return {key: rows for _, key, rows in deepest.values()}
+    for (*key, _), rows in group(top, "method", "v", "s", "zipf", "L").items():
+        if len(group(rows, "m")) > 1:
+            deepest[tuple(key)] = rows
+    return deepest
 
 
-def stars_of(key, depth, paper):
-    """({m: P*} of samples_vs_depth.csv, {m: the paper's P*}) for one row of panels."""
-    method, v, s, zipf, L = key
-    learner, target, _ = parts(method)
-    ours = group(depth, "method", "v", "s", "zipf", "L").get(key, [])
-    ours = {row["m"]: row["P50"][1] for row in ours if row["P50"][0] == "="}
-    theirs = group(paper, "v", "s", "L", "target").get((v, s, L, "h^(L-1)"), [])
-    if target in OWN_LAW or zipf:  # the paper reads own latents and equal rules
-        theirs = []
-    return ours, {r["m"]: r["P_star"] for r in theirs if PAPER.get(r["method"]) == learner}
+def paper_stars(method, v, s, zipf, L, paper):
+    """{m: the paper's P*} for a method that it has: own latents, equal rules."""
+    learner, target = parts(method)
+    if target in OWN_LAW or zipf:
+        return {}
+
+    # h^(L-1) is its name of level L-1
+    rows = group(paper, "v", "s", "L", "target").get((v, s, L, "h^(L-1)"), [])
+    return {row["m"]: row["P_star"] for row in rows if PAPER.get(row["method"]) == learner}
 
 
-def spread_over_m(stars, power):
-    """Standard deviation of ln(P* / m^power) over m: 0 where P* follows this law."""
-    return float(np.std([math.log(P / m**power) for m, P in stars.items()]))
-
-
-def draw_ladders(axis, rows, several, scale, theirs):
+def draw_ladders(axis, rows, scale, paper):
     """Accuracy against P / scale(m), a line for every m and seed, and a star for the paper's P*."""
+    several = sorted({row["m"] for row in rows})
+    star = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": ""}
     for k, m in enumerate(several):
-        look = {"color": shade(k, len(several)), "marker": MARKERS[k % 8], "markersize": 4}
-        label = f"m={m}"
-        for seed in group(rows, "seed"):
-            found = {r["P"]: r["accuracy"] for r in rows if (r["m"], (r["seed"],)) == (m, seed)}
-            x = [P / scale(m) for P in sorted(found)]
-            axis.plot(x, [found[P] for P in sorted(found)], **look, linewidth=1.2, label=label)
-            label = None
-    for m in sorted(set(several) & set(theirs)):
-        label = None if m > min(theirs) else "paper's P*"
-        look = {"color": shade(several.index(m), len(several)), "marker": "*", "markersize": 15}
-        look |= {"markeredgecolor": "black", "zorder": 5, "linestyle": "", "label": label}
-        axis.plot(theirs[m] / scale(m), 0.5, **look)
+        look = shade(k, len(several)) | {"markersize": 4, "linewidth": 1.2}
+        axis.plot([], [], label=f"m={m}", **look)  # one name for all seeds
+        ladders = group([row for row in rows if row["m"] == m], "seed")
+        for ladder in ladders.values():
+            draw_line(axis, ladder, "P", "accuracy", scale(m), **look)
+        if m in paper:
+            axis.plot(paper[m] / scale(m), 0.5, zorder=5, **look | star)
+    if paper:
+        axis.plot([], [], label="paper's P*", color="white", **star)
     axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xscale="log", ylim=(-0.02, 1.05))
-    axis.minorticks_off()
 
 
-def draw_collapse(runs, depth, paper):
+def draw_collapse(tables):
     """The figure of collapse.png; None unless a method has several m at one depth."""
-    groups = collapse_groups(runs)
+    groups = collapse_groups(tables["runs"])
     if not groups:
         return None
-    figure, axes = new_figure(len(groups), 3, 4, 3.2)
-    figure.subplots_adjust(wspace=0.1, hspace=0.7)
-    best = []
-    for line, (key, rows) in zip(axes, groups.items()):
-        method, v, s, zipf, L = key
-        several = sorted({row["m"] for row in rows})
-        ours, theirs = stars_of(key, depth, paper)
+    figure, axes = new_figure(len(groups), 3, 4.3, 3.4)
+    for line, (key, rows) in zip(axes, sorted(groups.items())):
+        method, v, s, zipf = key
+        L = rows[0]["L"]
+        stars = paper_stars(method, v, s, zipf, L, tables["paper"])
 
         # P as it is, over the law of own latents, and over the method's own law or the tokens'
-        other = OWN_LAW.get(parts(method)[1], "v\\,m^{L+1}")
-        for axis, law in zip(line, ("", "v\\,m^3", other)):
-            power = POWERS[law](L) if law else 0
-            draw_ladders(axis, rows, several, lambda m: v * m**power if law else 1, theirs)
+        _, target = parts(method)
+        own = OWN_LAW.get(target, OWN_LAW["token"])
+        for axis, law in zip(line, ("", "v\\,m^3", own)):
+            power = LAWS[law](L) if law else 0
+            draw_ladders(axis, rows, lambda m: v * m**power if law else 1, stars)
             axis.set_xlabel(f"$P\\,/\\,({law})$" if law else "$P$")
-            axis.tick_params(labelleft=axis is line[0])
-            if len(ours) > 2:
-                number = f"spread {spread_over_m(ours, power):.2f}"
-                axis.set_title(number, loc="right", fontsize=11)
-        line[0].set_title(f"{method}\n{describe(v, s, None, zipf, L)}")
+        line[0].set_title(f"{method}\n{describe(v=v, s=s, L=L, zipf=zipf)}")
         line[0].set_ylabel(f"accuracy of level {L - 1}")
         line[2].legend(loc="upper left", bbox_to_anchor=(1, 1.05))
-        if len(ours) > 2:
-            spreads = {law: spread_over_m(ours, power(L)) for law, power in POWERS.items()}
-            best.append(f"{method} by ${min(spreads, key=spreads.get)}$")
-    title = "Accuracy against training strings, for every m"
-    if best:
-        title = f"Lines of all m fall together best, by the spread of ln P*: {', '.join(best)}"
-    axes[0, 0].text(0, 1.4, textwrap.fill(title, 100), transform=axes[0, 0].transAxes, fontsize=13)
+    title = "Accuracy against training strings; lines of all m fall together where a law holds"
+    figure.suptitle(title, x=0, ha="left")
     return figure
 
 
@@ -575,58 +458,45 @@ def draw_collapse(runs, depth, paper):
 # phases.png
 
 
-def level_of(column):
-    """"unseen 3" -> 3"""
-    return int(column.split()[1])
+PHASES = {  # the columns of a trace that are drawn, and the titles of their panels
+    "data2vec": {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score"},
+    "predictor": {"accuracy": "accuracy", "prediction": "prediction loss"},
+}
 
 
-def one_after_the_other(rows, what):
-    """Whether accuracies reach 0.5 in the order of their levels, and two of them do."""
-    reached = []
-    columns = [name for name in rows[0] if name.startswith(f"{what} ")]
-    for column in sorted(columns, key=level_of):
-        reached.append(next((row["step"] for row in rows if row[column] >= 0.5), math.inf))
-    finite = [step for step in reached if step < math.inf]
-    return len(finite) > 1 and reached == sorted(reached) and len(set(finite)) == len(finite)
+def draw_levels(axis, rows, what):
+    """One quantity against the step: a colour a level, a line a run. Runs may differ in depth."""
+    names = {name for row in rows for name in row if name.startswith(f"{what} ")}
+    names = sorted(names, key=lambda name: int(name.split()[1]))  # level 10 after level 9
+    for k, name in enumerate(names):
+        look = shade(k, len(names)) | {"markersize": 5}
+        axis.plot([], [], label=name.replace(what, "level"), **look)  # one name for all runs
+        runs = group([row for row in rows if name in row], "file").values()
+        for run in runs:
+            draw_line(axis, run, "step", name, **look)
+
+        # what an untrained network gets
+        first = np.mean([run[0][name] for run in runs])
+        axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
 
 
-def draw_phases(kind, traces):
-    """The figure of phases.png, from traces of one learner: a colour a level, a line a run."""
-    panels = {
-        "data2vec": {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score"},
-        "predictor": {"accuracy": "accuracy", "prediction": "prediction loss"},
-    }[kind]
+def draw_phases(tables):
+    """The figure of phases.png: a row of panels for every learner that has traces."""
+    learners = [learner for learner in PHASES if tables[learner]]
+    if not learners:
+        return None
+    figure, axes = new_figure(len(learners), 2, 6.3, 4.8)
+    for line, learner in zip(axes, learners):
+        for axis, (what, title) in zip(line, PHASES[learner].items()):
+            draw_levels(axis, tables[learner], what)
+            axis.set(xlabel="step", title=f"{learner}: {title}")
+        line[0].set_ylim(-0.02, 1.05)
 
-    # {"unseen": {"unseen 1", ...}}: traces may differ in depth
-    columns = {}
-    for name in [name for rows in traces for name in rows[0]]:
-        columns.setdefault(name.split(" ")[0], set()).add(name)
-    figure, axes = new_figure(1, 2, 5.8, 4.4)
-    for axis, (what, title) in zip(axes[0], panels.items()):
-        names = sorted(columns[what], key=level_of)
-        for k, name in enumerate(names):
-            look = {"color": shade(k, len(names)), "marker": MARKERS[k % 8], "markersize": 5}
-            lines = [rows for rows in traces if name in rows[0]]
-            for i, rows in enumerate(lines):
-                label = "" if i else f"level {level_of(name)}"
-                axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=label, **look)
-            # what an untrained network gets
-            first = np.mean([rows[0][name] for rows in lines])
-            axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
-        axis.set(xlabel="step", title=title)
-
-    # the highest level on top, as in the tree
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
-    axis.text(1.04, 0, "dotted:\nfirst step", transform=axis.transAxes)
-    axes[0, 0].set_ylim(-0.02, 1.05)
-
-    title = "When each level is learned"
-    accuracy = next(iter(panels))
-    if all(one_after_the_other(rows, accuracy) for rows in traces):
-        title = "Levels are learned one after the other, from the tokens up"
-    title += f" ({kind}, {len(traces)} run{'s' * (len(traces) > 1)})"
-    axes[0, 0].text(0, 1.14, title, transform=axes[0, 0].transAxes, fontsize=13)
+        # the highest level on top, as in the tree
+        handles, _ = line[1].get_legend_handles_labels()
+        line[1].legend(handles=handles[::-1], loc="upper left", bbox_to_anchor=(1, 1))
+    title = "When each level is learned (a line a run; dotted: at the first step)"
+    figure.suptitle(title, x=0, ha="left")
     return figure
 
 
@@ -634,37 +504,38 @@ def draw_phases(kind, traces):
 # contrast.png
 
 
-def draw_contrast(rows):
+def draw_contrast(tables):
     """The figure of contrast.png: a panel for every grammar size, a line for every target."""
-    colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
-    sizes = group([row for row in rows if row["contrast"] > 0], "v", "s", "m", "zipf", "L")
-    if not sizes:
+    from matplotlib.ticker import LogLocator
+
+    # a contrast of 0 has no logarithm
+    rows = [row for row in tables["contrast"] if row["contrast"] > 0]
+    if not rows:
         return None
-    figure, axes = new_figure(len(sizes), 1, 7, 4.8)
-    figure.subplots_adjust(hspace=0.45)
-    for axis, (size, lines) in zip(axes[:, 0], sizes.items()):
-        ends, changes = [], []
+    colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
+    sizes = group(rows, "v", "s", "m", "L", "zipf")
+    figure, axes = new_figure(len(sizes), 1, 10, 5)
+    for axis, ((v, s, m, L, zipf), lines) in zip(axes[:, 0], sizes.items()):
+        ends = []
         for k, ((target,), line) in enumerate(group(lines, "target").items()):
-            line = sorted(line, key=lambda row: row["level"])
-            levels, contrast = [row["level"] for row in line], [row["contrast"] for row in line]
-            name = NAMES.get(target, target)
-            style = {"color": colours[target], "marker": MARKERS[k % 8], "linewidth": 2}
-            axis.plot(levels, contrast, **style)
-            ends.append((levels[-1], contrast[-1], name, style))
-            if len(levels) > 1:
-                slope = np.polyfit(levels, np.log(contrast), 1)[0]
-                changes.append(f"{name} \u00d7{math.exp(slope):.2f}")
+            label = NAMES.get(target, target)
+            if len(line) > 1:
+                # the factor of one level up, by least squares
+                levels = [row["level"] for row in line]
+                slope, _ = np.polyfit(levels, [math.log(row["contrast"]) for row in line], 1)
+                label += f", \u00d7{math.exp(slope):.2f} a level"
+            look = {"color": colours[target], "marker": MARKERS[k % len(MARKERS)], "linewidth": 2}
+            ends.append(draw_line(axis, line, "level", "contrast", label=label, **look))
+        add_legend(axis, ends)
 
         # 0.05, 0.1, 0.2 instead of powers of ten alone
-        ticks = [a * 10.0**k for k in range(-6, 2) for a in (1, 2, 5)]
         axis.set(yscale="log", xticks=sorted({row["level"] for row in lines}))
-        limits = axis.get_ylim()
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        axis.set(ylim=limits, xlabel="level", ylabel="contrast of parents' contexts")
-        said = textwrap.fill(f"One level up, contrast changes by: {', '.join(changes)}", 85)
-        axis.set_title(f"{said if changes else 'Contrast of contexts'}\n{describe(*size)}")
-        label_ends(axis, ends, 0.06)
+        axis.set(xlabel="level", ylabel="contrast of parents' contexts")
+        size = describe(v=v, s=s, m=m, L=L, zipf=zipf)
+        axis.set_title(f"How far apart parents' contexts are\n{size}")
     return figure
 
 
@@ -672,59 +543,40 @@ def draw_contrast(rows):
 # draw
 
 
-def plan(names):
-    """{path of a picture: (function that makes its figure, its arguments)}, from checked files."""
-    found = gather(names)
-    paper = [row for kinds in found.values() for rows in kinds.get("paper", []) for row in rows]
-    pictures = {}
-    for folder, kinds in found.items():
-        depth = sum(kinds.get("depth", []), [])
-        runs = sum(kinds.get("runs", []), [])
-        if depth:
-            # sizes with one depth are collapse.png's, where there is one
-            sizes = group(depth, "v", "s", "m", "zipf").values()
-            if collapse_groups(runs):
-                sizes = [rows for rows in sizes if len(group(rows, "L")) > 1]
-            pictures[folder / "samples_vs_depth.png"] = draw_depth, (sum(sizes, []),)
-        if runs:
-            pictures[folder / "collapse.png"] = draw_collapse, (runs, depth, paper)
-        if "contrast" in kinds:
-            pictures[folder / "contrast.png"] = draw_contrast, (sum(kinds["contrast"], []),)
-        traced = [kind for kind in ("data2vec", "predictor") if kind in kinds]
-        if len(traced) > 1:
-            raise ValueError(f"{folder}: has traces of two learners; draw one at a time")
-        for kind in traced:
-            pictures[folder / "phases.png"] = draw_phases, (kind, kinds[kind])
-    return pictures
+PICTURES = {
+    "samples_vs_depth.png": draw_depth,
+    "collapse.png": draw_collapse,
+    "phases.png": draw_phases,
+    "contrast.png": draw_contrast,
+}
 
 
 def draw(*names):
     """Draw what files and folders of sweep.py allow. Returns the paths of the pictures.
 
     Raises ValueError of one line if a file is not what it should be, or there is nothing to draw,
-    and OSError if matplotlib is not there or a picture cannot be written. No picture is drawn
+    ImportError without matplotlib and OSError if a picture cannot be written. No picture is drawn
     before all files are checked, and none is written before all are drawn."""
-    pictures = plan(names)
+    found = gather(names)
+    paper = [row for tables in found.values() for row in tables["paper"]]
 
     # whatever the environment says, and with no word but our own
     os.environ["MPLBACKEND"] = "agg"  # a notebook may have left another
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home without a cache is no news
-    try:
-        import matplotlib
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise OSError(f"matplotlib, which plot.py needs, cannot be imported: {reason}") from None
+    import matplotlib.style
 
     # a user's own style would change the bytes
-    defaults = {name: x for name, x in matplotlib.rcParamsDefault.items() if name != "backend"}
     images = {}
-    with matplotlib.rc_context(defaults | STYLE):
-        for path, (make, arguments) in pictures.items():
-            figure = make(*arguments)
-            if figure is not None:
-                image = io.BytesIO()
-                figure.savefig(image, format="png", metadata={"Software": None})
-                images[path] = image.getvalue()
+    with matplotlib.style.context(["default", STYLE]):
+        for folder, tables in found.items():
+            for name, make in PICTURES.items():
+                figure = make(tables | {"paper": paper})
+                if figure is not None:
+                    image = io.BytesIO()
+                    figure.savefig(image, format="png", metadata={"Software": None})
+                    images[folder / name] = image.getvalue()
+
+    # all are drawn before the first is written
     if not images:
         raise ValueError(f"{', '.join(map(str, names))}: nothing to draw")
     for path, image in images.items():
@@ -734,7 +586,8 @@ def draw(*names):
 
 def write(path, image):
     """The whole picture or none, whoever writes beside us."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    # the process's number keeps two writers apart
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(image)
         os.replace(part, path)
@@ -759,24 +612,15 @@ def main():
             print(f"wrote {picture}", flush=True)
     except ValueError as error:
         parser.error(f"argument out: {error}")
-
-
-def run_script():
-    """What ends main from outside gives one line and no traceback."""
-    try:
-        main()
     except KeyboardInterrupt:
-        print("\nplot.py: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head`; Python flushes once more when it ends
+        parser.exit(130, f"\n{parser.prog}: stopped\n")
+    except BrokenPipeError:
+        # `| head`; Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except OSError as error:
-        name = error.filename2 or error.filename or "output"
-        reason = f"{name}: {error.strerror}" if error.strerror else error
-        print(f"plot.py: {reason}", file=sys.stderr)
-        raise SystemExit(1) from None
+        sys.exit(1)
+    except (ImportError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":
-    run_script()
+    main()

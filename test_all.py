@@ -1764,25 +1764,25 @@ def test_bad_input_gets_one_line(script, arguments, tmp_path, monkeypatch, capsy
 # plot.py
 
 
-STARS = "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,root_P50,root_floor,seeds,status\n"
+STARS = "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,root_P50,root_P50_lo,root_P50_hi,seeds,status\n"
 STARS_OLD = "method,v,s,m,L,P50,P50_lo,P50_hi,P90,P50_over_vm3,seeds,censored\n"
 RUNS = "method,v,s,m,L,zipf,P,seed,level,accuracy\n"
-TRACE = "step,loss,unseen 1,unseen 2,synonyms 1,synonyms 2\n"
+TRACE = "step,loss 1,unseen 1,unseen 2,synonyms 1,synonyms 2\n"
 ALL_CELLS = STARS + """\
-cluster-first,8,2,3,3,0,229,200,260,500,,,5,
-cluster-first,8,2,3,4,0,250,220,280,500,,,5,
-cluster-token,8,2,3,3,0,"> 4096",,,,,,5,beyond Pmax
-cluster-token,8,2,3,4,0,"> 4096",,,,,,5,not finished
-mine-token,8,2,3,3,0,"< 16",,,,"> 512",0.6,1,below Pmin
-data2vec-token:mask=0.15:steps=8000,8,2,3,3,0,"> 4096",,,,,0.2,3,limited by steps
-data2vec-token,8,2,3,4,0,,,,,,,0,not run
+cluster-first,8,2,3,3,0,229,200,260,500,,,,5,
+cluster-first,8,2,3,4,0,250,220,280,500,,,,5,
+cluster-token,8,2,3,3,0,"> 4096",,,,,,,5,beyond Pmax
+cluster-token,8,2,3,4,0,"> 4096",,,,,,,5,not finished
+mine-token,8,2,3,3,0,"< 16",,,,"> 512",,,1,below Pmin
+data2vec-token:mask=0.15:steps=8000,8,2,3,3,0,"> 4096",,,,,,,3,limited by steps
+data2vec-token,8,2,3,4,0,,,,,,,,0,not run
+data2vec-token,8,2,3,3,0,,,,,,,,,not run
 """
 
 
-def stars(method, P, spread=1.05, seeds=5, state=""):
+def stars(P, spread=1.05):
     """Cells of one method at depths 3, 4, ..."""
-    return [{"L": L, "P": p, "low": p / spread, "high": p * spread, "state": state, "seeds": seeds}
-            for L, p in enumerate(P, 3)]
+    return [{"L": L, "low": p / spread, "high": p * spread} for L, p in enumerate(P, 3)]
 
 
 def table(tmp_path, text, name="samples_vs_depth.csv"):
@@ -1790,48 +1790,55 @@ def table(tmp_path, text, name="samples_vs_depth.csv"):
     return plot.read(tmp_path / name)
 
 
-def test_verdicts_on_growth_are_those_of_known_cells():
-    assert plot.growth(stars("", [200, 210, 190]), 3) == "is flat"
-    assert plot.growth(stars("", [200, 600, 1800]), 3) == "grows by about m a level"
-    assert plot.growth(stars("", [200, 330, 550]), 3) == "grows"
-    assert plot.growth(stars("", [200, 210, 190], spread=4), 3) is None  # may be anything
-    assert plot.growth(stars("", [200, 210], seeds=1), 3) is None
-    assert plot.growth(stars("", [200, 210]) + stars("", [4096], state="beyond Pmax"), 3) is None
-
-    flat, steep = stars("", [200, 200, 200]), stars("", [200, 600, 1800])
-    title = plot.conclusion({"cluster": flat, "predictor": flat, "cluster-token": steep}, 3)
-    assert title.endswith("is flat for own latents; grows by about m a level for tokens")
-    title = plot.conclusion({"cluster-token": steep, "data2vec-token": flat}, 3)
-    assert title.endswith("is flat for data2vec-token; grows by about m a level for cluster-token")
-    assert plot.conclusion({"cluster": flat[:1]}, 3) == "Samples needed against depth"
-
-
-def test_labels_move_as_little_as_possible():
-    assert plot.spread([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
-    assert plot.spread([0.5, 0.5, 0.5, 0.95], 0.1) == pytest.approx([0.4, 0.5, 0.6, 0.95])
-    assert plot.spread([0.0, 0.0, 0.05], 0.1) == pytest.approx([0.0, 0.1, 0.2])
-
-
-def test_spread_over_m_is_zero_for_its_law_alone():
-    found = {m: 5.0 * m**3 for m in (2, 4, 8)}
-    assert plot.spread_over_m(found, 3) == pytest.approx(0, abs=1e-12)
-    assert plot.spread_over_m(found, 2) == pytest.approx(np.std(np.log([2, 4, 8])))
+@pytest.mark.parametrize("cells, said", [
+    (stars([200, 210, 190]), "From L = 3 on, P* is flat for cluster"),
+    (stars([200, 600, 1800]), "From L = 3 on, P* grows with depth for cluster"),
+    (stars([200, 210, 190], spread=4), "P* against depth"),  # may be either
+    (stars([200, 210, 190], spread=math.nan), "P* against depth"),  # no interval
+    (stars([200]), "P* against depth"),
+])
+def test_a_title_says_what_intervals_allow(cells, said):
+    assert plot.conclusion({"cluster": cells}, 3) == said
+    both = plot.conclusion({"cluster": cells, "mine": stars([20, 60])}, 3)
+    assert both.replace("\n", " ").endswith("grows with depth for mine") == ("grows" not in said)
 
 
 def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     kind, rows = table(tmp_path, ALL_CELLS)
-    tree, root = [curves for _, _, curves in plot.panels_of(rows)]
-    assert kind == "depth" and list(root) == ["mine-token"]
-    assert list(tree) == ["cluster-first", "cluster-token", "mine-token",
-                          "data2vec-token:mask=0.15:steps=8000"]  # and none for what was not run
-    states = [cell["state"] for cells in tree.values() for cell in cells]
-    assert states == ["", "", "beyond Pmax", "not finished", "below Pmin", "limited by steps"]
-    colours = plot.with_spare(plot.COLOURS, plot.SPARE_COLOURS, ["first", "token", "second"])
-    assert len({colours[name] for name in ("first", "second", *plot.COLOURS)}) == 6
+    root, *tree = sorted(plot.cells_of(rows), key=lambda cell: not cell["what"].startswith("root"))
+    assert kind == "depth" and root["method"] == "mine-token"
+    found = {(cell["method"], cell["L"]): cell["state"] for cell in tree}
+    assert found == {
+        ("cluster-first", 3): "", ("cluster-first", 4): "",
+        ("cluster-token", 3): "beyond Pmax", ("cluster-token", 4): "not finished",
+        ("mine-token", 3): "below Pmin",
+        ("data2vec-token:mask=0.15:steps=8000", 3): "limited by steps",
+    }  # and none for what was not run
+    assert root["state"] == "beyond Pmax"  # the status is not the root's
 
-    many = [dict(rows[0], method=f"a{i}{settings}") for i in range(5) for settings in ("", ":lr=1")]
-    titles = [title for _, title, _ in plot.panels_of(many)]
-    assert len(titles) == 2 and titles[1].endswith("lr=1")
+    figure = plot.draw_depth({"depth": rows, "runs": []})
+    assert len(figure.axes) == 2
+    assert figure.axes[0].get_title().startswith("From L = 3 on, P* is flat for cluster-first\n")
+    signs = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(signs) == sorted(["\u2191", "\u2191?", "\u2193", "\u2191s"])
+    styles = plot.styles_of(["cluster-first", "cluster", "cluster-token", "cluster-second"])
+    assert len({style["color"] for style in styles.values()}) == 4
+    lighter = plot.styles_of(["cluster", "cluster:lr=1"])["cluster:lr=1"]
+    assert lighter["color"] == styles["cluster"]["color"] and lighter["alpha"] < 1
+
+
+def test_collapse_is_by_each_methods_own_law_at_the_largest_depth():
+    row = {"v": 8, "s": 2, "zipf": 0.0, "seed": 0, "accuracy": 0.5}
+    runs = [row | {"method": method, "m": m, "L": L, "level": L - 1, "P": 8 * m**power}
+            for method, power in (("cluster", 3), ("cluster-joint", 2), ("cluster-token", 5))
+            for m in (2, 4) for L in (3, 4)]
+    runs += [row | {"method": "cluster", "m": 2, "L": 5, "level": 4, "P": 64}]  # of one m
+    paper = [{"method": "ilc", "v": 8, "s": 2, "m": 2, "L": 4, "target": "h^(L-1)", "P_star": 64.0}]
+    figure = plot.draw_collapse({"runs": runs, "depth": [], "paper": paper})
+    for i, panel in enumerate((1, 2, 2)):
+        axis = figure.axes[3 * i + panel]
+        x = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
+        assert x == pytest.approx([1.0] * len(x)) and len(x) == (3 if i == 0 else 2)
 
 
 @pytest.mark.parametrize("name, text, said", [
@@ -1876,16 +1883,29 @@ def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_
     assert files(tmp_path) == first
 
 
+@pytest.mark.parametrize("raised, code, said", [
+    (ValueError("x.csv: bad"), 2, "plot.py: argument out: x.csv: bad\n"),
+    (PermissionError(13, "Permission denied", "x.png"), 1, "Permission denied: 'x.png'\n"),
+    (ImportError("No module named 'matplotlib'"), 1, "plot.py: No module named 'matplotlib'\n"),
+    (KeyboardInterrupt(), 130, "plot.py: stopped\n"),
+])
+def test_plot_ends_with_one_line_and_a_code(raised, code, said, monkeypatch, capsys):
+    def draw(*names):
+        raise raised
+
+    monkeypatch.setattr(plot, "draw", draw)
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
+    with pytest.raises(SystemExit) as end:
+        plot.main()
+    assert end.value.code == code and capsys.readouterr().err.strip("\n").endswith(said.strip())
+
+
 def test_traces_become_one_picture(tmp_path, monkeypatch):
     for seed in range(2):
         (tmp_path / f"{seed}.csv").write_text(TRACE + "1,.5,.1,.1,0,0\n9,.4,.9,.2,.8,.1\n")
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
     plot.main()
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
-    in_order = [{"step": 1, "unseen 1": 0.6, "unseen 2": 0.1},
-                {"step": 2, "unseen 1": 0.6, "unseen 2": 0.7}]
-    assert plot.one_after_the_other(in_order, "unseen")
-    assert not plot.one_after_the_other(in_order[1:], "unseen")  # both at once
 
 
 def test_contrast_names_every_target_and_its_change(tmp_path):
@@ -1893,7 +1913,8 @@ def test_contrast_names_every_target_and_its_change(tmp_path):
             for target in ("latent", "token", "other") for l in (1, 2, 3)]
     header = "v,s,m,L,zipf,seeds,target,level,contrast,P\n"
     kind, rows = table(tmp_path, header + "".join(rows), "contrast.csv")
-    axis, = plot.draw_contrast(rows).axes
-    names = [text.get_text() for text in axis.texts]
-    assert kind == "contrast" and sorted(names) == ["other", "own latents", "tokens"]
-    assert "tokens \u00d70.50" in axis.get_title().replace("\n", " ")
+    axis, = plot.draw_contrast({"contrast": rows}).axes
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert kind == "contrast" and sorted(names) == [
+        "other, \u00d71.00 a level", "own latents, \u00d71.00 a level", "tokens, \u00d70.50 a level"]
+    assert names[-1].startswith("tokens")  # the lowest line is the last name
