@@ -24,6 +24,7 @@ Time and memory of a step grow like R * batch * s^L * width * hidden; memory als
 
 import csv
 import os
+from argparse import ArgumentTypeError
 from copy import deepcopy
 
 import torch
@@ -48,10 +49,23 @@ def mask_block(text):
     return text if text in ("mixed", "top") else whole(0, 24)(text)
 
 
+def eights(high):
+    """An argparse type: a multiple of 8. On a CPU the last bits of a matrix product depend on how
+    its memory is aligned; with such sizes every run is aligned alike, whatever R."""
+
+    def read(text):
+        number = whole(8, high)(text)
+        if number % 8:
+            raise ArgumentTypeError(f"must be a multiple of 8 from 8 to {high}, not {text}")
+        return number
+
+    return read
+
+
 SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "tree or transformer"),
-    Setting("width", whole(4, 2**14), 32, 2048, "d, features of a position or node"),
-    Setting("hidden", whole(1, 2**16), 64, 8192, "hidden units of the two-layer networks"),
+    Setting("width", eights(2**14), 32, 2048, "d, features of a position or node"),
+    Setting("hidden", eights(2**16), 64, 8192, "hidden units of the two-layer networks"),
     Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
     Setting("heads", whole(1, 256), 4, 32, "heads of the transformer's attention"),
     Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
@@ -71,6 +85,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
     Setting("cooldown", real(0, 1), 0.0, 0.0, "last share of the steps, in which it falls to 0"),
     Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
+    Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), PROBE_STRINGS, None, "strings a probe is fitted on"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
@@ -331,11 +346,10 @@ def batches(xs, L, s, seeds, settings, device):
     A run draws with replacement from its own strings, or fresh ones from its own grammar, many
     steps at a time and from its own generators, so that its draws don't depend on the others."""
     T, B = s**L, settings.batch
-    many = max(1, min(DRAWN, 2**22 // (B * T)))
+    n = max(1, min(DRAWN, 2**22 // (B * T)))  # steps drawn at once
     picks = [stream(seed, 1, device) for seed in seeds]
     masks = [stream(seed, 2, device) for seed in seeds]
-    for start in range(0, settings.steps, many):
-        n = min(many, settings.steps - start)
+    for start in range(0, settings.steps, n):
         x, hidden = [], []
         for run, pick, mask, seed in zip(xs, picks, masks, seeds):
             if isinstance(run, Grammar):
@@ -346,7 +360,7 @@ def batches(xs, L, s, seeds, settings, device):
             drawn = draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask)
             hidden.append(drawn.view(n, B, T))
         x, hidden = torch.stack(x, 1), torch.stack(hidden, 1)  # (n, R, B, T)
-        for i in range(n):
+        for i in range(min(n, settings.steps - start)):
             yield x[i].long(), hidden[i]
 
 
@@ -355,6 +369,11 @@ def learning_rate(step, settings):
     rise = step / settings.warmup
     fall = (settings.steps + 1 - step) / max(1, settings.cooldown * settings.steps)
     return settings.lr * min(1, rise, fall)
+
+
+def aligned(size):
+    """The next multiple of 8, see eights."""
+    return -(-size // 8) * 8
 
 
 def clip_each_run(weights):
@@ -378,12 +397,13 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
 
     Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
     run the step at which it stopped because its loss or gradient was not finite, or 0."""
-    R, T, K = len(xs), s**L, min(settings.top, L if settings.encoder == "tree" else settings.layers)
+    R, T = len(xs), s**L
+    K = min(settings.top, L if settings.encoder == "tree" else settings.layers)
     starts = [stream(seed, 0) for seed in seeds]
     student = initialise(build(R, v, s, L, settings), starts).to(device)
     outputs = v if target == "token" else settings.width
     count = K if target in ("stacked", "several") else 1
-    heads = nn.ModuleList(Linear(R, settings.width, outputs) for _ in range(count))
+    heads = nn.ModuleList(Linear(R, settings.width, aligned(outputs)) for _ in range(count))
     heads = initialise(heads, starts).to(device)
     teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
     from_ffn = {"ffn": True} if settings.target_from == "ffn" else {}
@@ -395,7 +415,8 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         {"params": [w for name, w in named if name.endswith("weight")]},
         {"params": [w for name, w in named if not name.endswith("weight")], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay,
+                                  fused=device != "mps")
     randoms = [stream(seed, 3, device) for seed in seeds]
     diverged, stopped = [0] * R, {}
 
@@ -415,8 +436,11 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         # the student sees the rest, and predicts what is hidden from it
         maps = student(x.masked_fill(hidden, v), K, randoms)
         sources = maps if target == "stacked" else maps[-1:] * count
-        errors = [distance(head(h), goal) for head, h, goal in zip(heads, sources, goals)]
-        loss = sum(mean_where(hidden, error) for error in errors)       # (R,), one for every run
+        loss = 0
+        for h, head, goal in zip(sources, heads, goals):
+            prediction = head(h)[..., :outputs]
+            error = distance(prediction, goal)                          # (R, B, n)
+            loss = loss + mean_where(hidden, error)                     # (R,), one for every run
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
@@ -511,8 +535,9 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     T, d, hidden = s**L, settings.width, settings.hidden
     strings = 0 if settings.online else P
     check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
+    maps = 2 if settings.encoder == "tree" else settings.layers
     tests = settings.test_strings + settings.probe_strings
-    check_memory("test-strings", tests * T * 8 * (d + 1), f"features of {tests} strings")
+    check_memory("test-strings", 4 * tests * T * d * maps, f"features of {tests} strings")
     if settings.encoder == "tree":
         weights = 2 * L * ((s + 1) * d * hidden + hidden * s * d)
         position = 4 * (8 * d + 3 * hidden)
@@ -532,22 +557,18 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError for strings, sizes or settings that can't be."""
     options = read_settings(SETTINGS, PRESETS, settings)
-    runs, depths = [], set()
+    runs, depths = [], []
     for x in xs:
-        if isinstance(x, Grammar):
-            runs.append(x)
-            depths.add((x.v, x.s, x.L))
-        else:
-            x, L = as_strings(x, v, s)
-            runs.append(x.to(device))
-            depths.add((v, s, L))
-    if len(depths) != 1 or depths != {(v, s, *[L for _, _, L in depths])}:
-        raise ValueError(f"x: all runs must have the same v, s and L, not {sorted(depths)}")
+        x, L = (x, x.L) if isinstance(x, Grammar) else as_strings(x, v, s)
+        runs.append(x if isinstance(x, Grammar) else x.to(device))
+        depths.append(L)
+    grammars = [x for x in runs if isinstance(x, Grammar)]
+    if len(set(depths)) != 1 or any((g.v, g.s) != (v, s) for g in grammars):
+        raise ValueError("x: all runs must have the same v, s and length of strings")
     if len(seeds) != len(runs):
         raise ValueError(f"seeds: must be one for each of {len(runs)} runs, not {len(seeds)}")
-    if options.online and not all(isinstance(x, Grammar) for x in runs):
+    if options.online and len(grammars) < len(runs):
         raise ValueError("online: needs a Grammar in place of x")
-    L = depths.pop()[2]
     P = max(1 if isinstance(x, Grammar) else len(x) for x in runs)
     check_size(v, s, 1, L, P, target, **settings)
     trained = train(runs, v, s, L, target, seeds, options, device, watch)
@@ -623,27 +644,27 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     return [list(column) for column in zip(*results)]
 
 
-def mlp_probe(features, labels, v, steps=2000, lr=1e-3, batch=256):
+def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
     features: (R, n, d) float; labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
     All probes start alike and see the same rows and dropout, whatever R."""
     R, n, d = features.shape
     random = torch.Generator().manual_seed(0)
-    net = TwoLayers(R, d, 2 * d, v)
+    net = TwoLayers(R, d, 2 * d, aligned(v))
     state = random.get_state()
     starts = [torch.Generator().manual_seed(0).set_state(state) for _ in range(R)]
     net = initialise(net, starts).to(features)
-    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr)
     for _ in range(steps):
         rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
         hidden = F.gelu(net.first(features.index_select(1, rows))) * keep
-        error = cross_entropy(net.second(hidden)[:, None], labels.index_select(1, rows)[:, None].long())
+        error = cross_entropy(net.second(hidden)[:, None, :, :v], labels.index_select(1, rows)[:, None].long())
         optimizer.zero_grad()
         error.mean(2).sum().backward()
         optimizer.step()
-    return lambda h: net(h).argmax(2)
+    return lambda h: net(h)[..., :v].argmax(2)
 
 
 def root_probe(encoders, grammars, seeds, settings, device="cpu"):
@@ -659,7 +680,8 @@ def root_probe(encoders, grammars, seeds, settings, device="cpu"):
         label.append(labelled[-1][:, 0])
         truth.append(fresh[-1][:, 0])
     v = grammars[0].v
-    answer = mlp_probe(torch.stack(train), torch.stack(label), v)(torch.stack(test))  # (R, n)
+    predict = mlp_probe(torch.stack(train), torch.stack(label), v, settings.probe_steps)
+    answer = predict(torch.stack(test))  # (R, n)
     accuracy = (answer == torch.stack(truth)).float().mean(1).tolist()
     return accuracy, [len(a.unique()) < v for a in answer]
 
@@ -693,12 +715,11 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     if options.online:
         models = []
         for grammar, P, seed in zip(grammars, samples, seeds):
-            steps = max(1, P // options.batch)
-            models += fit_many([grammar], first.v, first.s, target, [seed], device=device,
-                               **{**settings, "steps": steps})
+            own = {**settings, "steps": max(1, P // options.batch)}
+            models += fit_many([grammar], first.v, first.s, target, [seed], None, device, **own)
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
-        models = fit_many(xs, first.v, first.s, target, seeds, device=device, **settings)
+        models = fit_many(xs, first.v, first.s, target, seeds, None, device, **settings)
     return measure(models, grammars, seeds, device)
 
 
@@ -733,6 +754,8 @@ def spread(encoder, x, top):
     maps = encode(encoder, x)[-top:]
     target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)  # (P, T, d)
     covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
+    if not covariance.isfinite().all():
+        return float("nan"), float("nan")
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)
     share = eigenvalues / eigenvalues.sum()
     return eigenvalues.mean().sqrt().item(), torch.special.entr(share).sum().exp().item()
@@ -792,7 +815,7 @@ def main():
     table = csv.writer(trace, lineterminator="\n")
     table.writerow(["step", "loss", "target std", "rank", *columns])
 
-    quick = read_settings(SETTINGS, PRESETS, {**given, "test_strings": min(512, settings.test_strings)})
+    quick = read_settings(SETTINGS, PRESETS, {**given, "test_strings": min(PIECE, settings.test_strings)})
     shown = grammar.sample(quick.test_strings, (args.seed, 1), device)[0]
     bar = tqdm(total=settings.steps, unit="step", leave=False)
 
