@@ -74,7 +74,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("target_from", choice("residual", "ffn"), "residual", "residual",
             "transformer: the target is the stream after a block, or its feed-forward output"),
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
-    Setting("steps", whole(1), 4000, 262144, "optimiser steps; online runs of a sweep take P / batch"),
+    Setting("steps", whole(1), 4000, 262144, "optimiser steps; online, a sweep takes P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
     Setting("mask", real(0, 1), 0.3, 0.15, "probability that a node is hidden; one always is"),
     Setting("mask_block", mask_block, "mixed", 0, "level of the nodes that are hidden, with all "
@@ -210,7 +210,8 @@ class Tree(nn.Module):
         """(R, B, n, d) -> (R, B, n/s, s d): the children of a node one after the other."""
         return h.unflatten(2, (-1, self.s)).flatten(3)
 
-    def forward(self, x, top, randoms=None):
+    def forward(self, x, top, randoms=None, ffn=False):
+        """The last top maps; randoms and ffn are the transformer's."""
         up = [self.embed(x, layer_norm(self.embed.weight))]     # (R, B, T, d)
         for net in self.up:
             up.append(layer_norm(net(self.families(up[-1]))))   # (R, B, s^(L-l), d)
@@ -273,6 +274,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
     def forward(self, x, top, randoms=None, ffn=False):
+        """The last top maps; randoms: for dropout; ffn: feed-forward outputs as maps instead."""
         h = self.embed(x) + self.position.weight[:, None]   # (R, B, T, d)
         maps = []
         for block in self.blocks:
@@ -283,7 +285,8 @@ class Transformer(nn.Module):
 
 def build(R, v, s, L, settings):
     """R encoders of the kind that settings name, with weights still to be drawn."""
-    return {"tree": Tree, "transformer": Transformer}[settings.encoder](R, v, s, L, settings)
+    encoder = Tree if settings.encoder == "tree" else Transformer
+    return encoder(R, v, s, L, settings)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,7 +296,8 @@ def build(R, v, s, L, settings):
 def check_mask_block(block, L):
     """Raises ValueError unless draw_mask knows the word, or the nodes are smaller than a string."""
     if block not in ("mixed", "top", *range(L)):
-        raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed, not {block}")
+        allowed = f"from 0 to depth-1 = {L - 1}, top or mixed"
+        raise ValueError(f"mask-block: must be {allowed}, not {block}")
 
 
 def draw_mask(B, L, s, rate, block, random):
@@ -406,15 +410,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
     heads = nn.ModuleList(Linear(R, settings.width, aligned(outputs)) for _ in range(count))
     heads = initialise(heads, starts).to(device)
     teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
-    from_ffn = {"ffn": True} if settings.target_from == "ffn" else {}
+    ffn = settings.target_from == "ffn"
     distance = cross_entropy if target == "token" else smooth_l1
 
     named = [*student.named_parameters(), *heads.named_parameters()]
     weights = [w for _, w in named]
-    groups = [  # biases and layer norms don't decay
-        {"params": [w for name, w in named if name.endswith("weight")]},
-        {"params": [w for name, w in named if not name.endswith("weight")], "weight_decay": 0.0},
-    ]
+    decaying = [w for name, w in named if name.endswith("weight")]
+    constant = [w for name, w in named if not name.endswith("weight")]  # biases, layer norms
+    groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay,
                                   fused=device != "mps")
     randoms = [stream(seed, 3, device) for seed in seeds]
@@ -426,12 +429,12 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
             if target == "token":
                 goals = [x]
             elif target == "latent":
-                maps = teacher(x, K, **from_ffn)
+                maps = teacher(x, K, ffn=ffn)
                 goals = [sum(pool(h, T) for h in maps) / K]             # (R, B, T, d)
             elif target == "several":
-                goals = [pool(h, T) for h in teacher(x, K, **from_ffn)]
+                goals = [pool(h, T) for h in teacher(x, K, ffn=ffn)]
             elif target == "stacked":
-                goals = teacher(x, K, **from_ffn)                       # each (R, B, n, d)
+                goals = teacher(x, K, ffn=ffn)                       # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
         maps = student(x.masked_fill(hidden, v), K, randoms)
@@ -582,18 +585,14 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, device="cpu", **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", **settings):
     """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
-    model = fit_many([x], v, s, target, [seed], device=device, **settings)[0]
+    model = fit_many([x], v, s, target, [seed], watch, device, **settings)[0]
     if model.diverged:
-        raise FloatingPointError(why_diverged(model))
+        lr, decay = model.settings.lr, model.settings.decay
+        raise FloatingPointError(f"the loss is not finite at step {model.diverged}; "
+                                 f"try a smaller lr ({lr}) or decay ({decay})")
     return model
-
-
-def why_diverged(model):
-    """One line: the step, and the likeliest culprits."""
-    lr, decay = model.settings.lr, model.settings.decay
-    return f"the loss is not finite at step {model.diverged}; try a smaller lr ({lr}) or decay ({decay})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -615,7 +614,7 @@ def sample_without(grammar, l, j, P, seed, device):
 
 
 def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
-    """Which levels do features know? Returns three lists over l = 1..L-1: (unseen, seen, collapsed).
+    """Which levels do features know? Three lists over l = 1..L-1: (unseen, seen, collapsed).
 
     features: strings (P, T) -> a list of (P, n, d). A linear probe reads h^(l) from the features of
     its node. It is fitted on strings in which one rule of every level-l symbol never occurs. unseen
@@ -650,19 +649,19 @@ def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     features: (R, n, d) float; labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
     All probes start alike and see the same rows and dropout, whatever R."""
     R, n, d = features.shape
-    random = torch.Generator().manual_seed(0)
     net = TwoLayers(R, d, 2 * d, aligned(v))
-    state = random.get_state()
-    starts = [torch.Generator().manual_seed(0).set_state(state) for _ in range(R)]
-    net = initialise(net, starts).to(features)
+    net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
+    random = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(net.parameters(), lr)
     for _ in range(steps):
         rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
         hidden = F.gelu(net.first(features.index_select(1, rows))) * keep
-        error = cross_entropy(net.second(hidden)[:, None, :, :v], labels.index_select(1, rows)[:, None].long())
+        scores = net.second(hidden)[..., :v]                      # (R, batch, v)
+        truth = labels.index_select(1, rows).long()               # (R, batch)
+        error = cross_entropy(scores[:, None], truth[:, None])    # (R, 1, batch)
         optimizer.zero_grad()
-        error.mean(2).sum().backward()
+        error.mean(2).sum().backward()  # every probe by its own mean, as if it were alone
         optimizer.step()
     return lambda h: net(h)[..., :v].argmax(2)
 
@@ -766,20 +765,16 @@ def spread(encoder, x, top):
 
 
 def check_files(parser, args):
-    """--trace and --save must be two files that can be written; nothing is left behind."""
+    """--trace and --save must be two files that can be written; found out before the training."""
     if args.trace and args.save and os.path.realpath(args.trace) == os.path.realpath(args.save):
         parser.error("argument --save: must not be the file of --trace")
     for flag in ("trace", "save"):
         file = getattr(args, flag)
         if file is None:
             continue
-        new = not os.path.exists(file)
-        try:
-            open(file, "ab").close()
-        except OSError as error:
-            parser.error(f"argument --{flag}: cannot write {file}: {error.strerror}")
-        if new:
-            os.remove(file)
+        place = file if os.path.exists(file) else os.path.dirname(os.path.abspath(file))
+        if os.path.isdir(file) or not os.access(place, os.W_OK):
+            parser.error(f"argument --{flag}: cannot write {file!r}")
 
 
 def main():
@@ -815,7 +810,8 @@ def main():
     table = csv.writer(trace, lineterminator="\n")
     table.writerow(["step", "loss", "target std", "rank", *columns])
 
-    quick = read_settings(SETTINGS, PRESETS, {**given, "test_strings": min(PIECE, settings.test_strings)})
+    few = {**given, "test_strings": min(PIECE, settings.test_strings)}
+    quick = read_settings(SETTINGS, PRESETS, few)
     shown = grammar.sample(quick.test_strings, (args.seed, 1), device)[0]
     bar = tqdm(total=settings.steps, unit="step", leave=False)
 
@@ -832,18 +828,21 @@ def main():
         tqdm.write(text + "".join(f"{number:12.2f}" for number in row[4:]))
 
     x = grammar if settings.online else grammar.sample(P, args.seed, device)[0]
-    model = fit_many([x], v, s, args.target, [args.seed], watch, device, **given)[0]
+    try:
+        model = fit(x, v, s, args.target, args.seed, watch, device, **given)
+    except FloatingPointError as error:
+        bar.close()
+        parser.exit(1, f"{parser.prog}: {error}\n")
     bar.close()
     trace.close()
-    if model.diverged:
-        parser.exit(1, f"{parser.prog}: {why_diverged(model)}\n")
     score = measure([model], [grammar], [args.seed], device)[0]
-    print(f"\non {settings.test_strings} fresh strings (chance {1 / v:.3f})     trained   untrained")
+    where = f"on {settings.test_strings} fresh strings (chance {1 / v:.3f})"
+    print(f"\n{where:36}   trained   untrained")
     names = [f"level {l}  unseen synonyms, best map" for l in range(1, L)]
-    for name, accuracy, floor, few in zip(
-        [*names, "root     MLP probe of the last map"], score.accuracy, score.floor, score.collapsed
-    ):
-        print(f"{name:36}{accuracy:10.3f}{floor:12.3f}" + "   collapsed" * few)
+    names.append("root     MLP probe of the last map")
+    for l, name in enumerate(names):
+        mark = "   collapsed" if score.collapsed[l] else ""
+        print(f"{name:36}{score.accuracy[l]:10.3f}{score.floor[l]:12.3f}{mark}")
     if args.save:
         model.save(args.save)
 
