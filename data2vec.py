@@ -24,6 +24,7 @@ Time and memory of a step grow like R * batch * s^L * width * hidden; memory als
 
 import csv
 import os
+from argparse import ArgumentTypeError
 from copy import deepcopy
 
 import torch
@@ -49,10 +50,23 @@ def mask_block(text):
     return text if text in ("mixed", "top") else whole(0, 24)(text)
 
 
+def eights(high):
+    """An argparse type: a multiple of 8. On a CPU the last bits of a matrix product depend on how
+    its memory is aligned; with such sizes every run is aligned alike, whatever R."""
+
+    def read(text):
+        number = whole(8, high)(text)
+        if number % 8:
+            raise ArgumentTypeError(f"must be a multiple of 8 from 8 to {high}, not {text}")
+        return number
+
+    return read
+
+
 SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "tree or transformer"),
-    Setting("width", whole(4, 2**14), 32, 2048, "d, features of a position or node"),
-    Setting("hidden", whole(1, 2**16), 64, 8192, "hidden units of the two-layer networks"),
+    Setting("width", eights(2**14), 32, 2048, "d, features of a position or node"),
+    Setting("hidden", eights(2**16), 64, 8192, "hidden units of the two-layer networks"),
     Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
     Setting("heads", whole(1, 256), 4, 32, "heads of the transformer's attention"),
     Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
@@ -61,7 +75,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("target_from", choice("residual", "ffn"), "residual", "residual",
             "transformer: the target is the stream after a block, or its feed-forward output"),
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
-    Setting("steps", whole(1), 4000, 262144, "optimiser steps; online runs of a sweep take P / batch"),
+    Setting("steps", whole(1), 4000, 262144, "optimiser steps; online, a sweep takes P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
     Setting("mask", real(0, 1), 0.3, 0.15, "probability that a node is hidden; one always is"),
     Setting("mask_block", mask_block, "mixed", 0, "level of the nodes that are hidden, with all "
@@ -70,8 +84,9 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
-    Setting("cooldown", real(0, 1), 0.0, 0.0, "last share of the steps, in which it falls to 0"),
+    Setting("cooldown", real(0, 1), 0.25, 0.0, "last share of the steps, in which it falls to 0"),
     Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
+    Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), PROBE_STRINGS, None, "strings a probe is fitted on"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
@@ -128,7 +143,8 @@ class Embedding(nn.Module):
     def forward(self, x, table=None):
         table = self.weight if table is None else table
         R, ids, _ = table.shape
-        first = torch.arange(R, device=x.device).view(R, 1, 1) * ids  # where a run's table begins
+        # all tables in one, that of run r from row r * ids on
+        first = torch.arange(R, device=x.device).view(R, 1, 1) * ids
         return F.embedding(x + first, table.flatten(0, 1))
 
 
@@ -196,11 +212,17 @@ class Tree(nn.Module):
         """(R, B, n, d) -> (R, B, n/s, s d): the children of a node one after the other."""
         return h.unflatten(2, (-1, self.s)).flatten(3)
 
-    def forward(self, x, top, randoms=None):
+    def forward(self, x, top, randoms=None, ffn=False):
+        """The last top maps; randoms and ffn are the transformer's."""
+        # the few rows of the table are normalised instead of every token
         up = [self.embed(x, layer_norm(self.embed.weight))]     # (R, B, T, d)
+
+        # up: what stands under a node
         for net in self.up:
             up.append(layer_norm(net(self.families(up[-1]))))   # (R, B, s^(L-l), d)
         context = up.pop()                                      # (R, B, 1, d), the root
+
+        # down: what stands around it, too
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
             change = net(self.families(h), context)             # (R, B, s^(L-l-1), s d)
@@ -226,6 +248,7 @@ class Block(nn.Module):
     def attend(self, h):
         """(R, B, T, d) -> (R, B, T, d): every position mixes what all positions hold."""
         R, B, T, d = h.shape
+        # one batch of small matrices, for all runs, strings and heads
         qkv = self.qkv(h).view(R, B, T, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
         q, k, v = qkv.reshape(3, R * B * self.heads, T, -1)
         scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)                   # (R B heads, T, T)
@@ -259,6 +282,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
     def forward(self, x, top, randoms=None, ffn=False):
+        """The last top maps; randoms: for dropout; ffn: feed-forward outputs as maps instead."""
         h = self.embed(x) + self.position.weight[:, None]   # (R, B, T, d)
         maps = []
         for block in self.blocks:
@@ -269,7 +293,8 @@ class Transformer(nn.Module):
 
 def build(R, v, s, L, settings):
     """R encoders of the kind that settings name, with weights still to be drawn."""
-    return {"tree": Tree, "transformer": Transformer}[settings.encoder](R, v, s, L, settings)
+    encoder = Tree if settings.encoder == "tree" else Transformer
+    return encoder(R, v, s, L, settings)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,7 +304,8 @@ def build(R, v, s, L, settings):
 def check_mask_block(block, L):
     """Raises ValueError unless draw_mask knows the word, or the nodes are smaller than a string."""
     if block not in ("mixed", "top", *range(L)):
-        raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed, not {block}")
+        allowed = f"from 0 to depth-1 = {L - 1}, top or mixed"
+        raise ValueError(f"mask-block: must be {allowed}, not {block}")
 
 
 def draw_mask(B, L, s, rate, block, random):
@@ -289,6 +315,7 @@ def draw_mask(B, L, s, rate, block, random):
     it, and one node in every string for certain. Level 0 hides single tokens, whose siblings are
     mostly visible; level L-2, "top", leaves only cousins of the highest level to predict from.
     "mixed": every string draws its level from 0..L-2, so siblings are hidden on every level."""
+    # one mask of each level that may be drawn
     words = {"mixed": range(L - 1), "top": [L - 2]}
     masks = []
     for level in words.get(block, [block]):
@@ -296,6 +323,7 @@ def draw_mask(B, L, s, rate, block, random):
         certain = draw == draw.min(1, keepdim=True).values
         hidden = certain | (draw < rate)
         masks.append(hidden.repeat_interleave(s**level, 1))
+    # every string picks one of them
     pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
     return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
 
@@ -332,11 +360,10 @@ def batches(xs, L, s, seeds, settings, device):
     A run draws with replacement from its own strings, or fresh ones from its own grammar, many
     steps at a time and from its own generators, so that its draws don't depend on the others."""
     T, B = s**L, settings.batch
-    many = max(1, min(DRAWN, 2**22 // (B * T)))
+    n = max(1, min(DRAWN, 2**22 // (B * T)))  # steps drawn at once
     picks = [stream(seed, 1, device) for seed in seeds]
     masks = [stream(seed, 2, device) for seed in seeds]
-    for start in range(0, settings.steps, many):
-        n = min(many, settings.steps - start)
+    for start in range(0, settings.steps, n):
         x, hidden = [], []
         for run, pick, mask, seed in zip(xs, picks, masks, seeds):
             if isinstance(run, Grammar):
@@ -347,7 +374,7 @@ def batches(xs, L, s, seeds, settings, device):
             drawn = draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask)
             hidden.append(drawn.view(n, B, T))
         x, hidden = torch.stack(x, 1), torch.stack(hidden, 1)  # (n, R, B, T)
-        for i in range(n):
+        for i in range(min(n, settings.steps - start)):
             yield x[i].long(), hidden[i]
 
 
@@ -356,6 +383,11 @@ def learning_rate(step, settings):
     rise = step / settings.warmup
     fall = (settings.steps + 1 - step) / max(1, settings.cooldown * settings.steps)
     return settings.lr * min(1, rise, fall)
+
+
+def aligned(size):
+    """The next multiple of 8, see eights."""
+    return -(-size // 8) * 8
 
 
 def clip_each_run(weights):
@@ -379,24 +411,27 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
 
     Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
     run the step at which it stopped because its loss or gradient was not finite, or 0."""
-    R, T, K = len(xs), s**L, min(settings.top, L if settings.encoder == "tree" else settings.layers)
+    # student, heads and teacher
+    R, T = len(xs), s**L
+    K = min(settings.top, L if settings.encoder == "tree" else settings.layers)
     starts = [stream(seed, 0) for seed in seeds]
     student = initialise(build(R, v, s, L, settings), starts).to(device)
     outputs = v if target == "token" else settings.width
     count = K if target in ("stacked", "several") else 1
-    heads = nn.ModuleList(Linear(R, settings.width, outputs) for _ in range(count))
+    heads = nn.ModuleList(Linear(R, settings.width, aligned(outputs)) for _ in range(count))
     heads = initialise(heads, starts).to(device)
     teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
-    from_ffn = {"ffn": True} if settings.target_from == "ffn" else {}
+    ffn = settings.target_from == "ffn"
     distance = cross_entropy if target == "token" else smooth_l1
 
+    # AdamW; biases and layer norms don't decay
     named = [*student.named_parameters(), *heads.named_parameters()]
     weights = [w for _, w in named]
-    groups = [  # biases and layer norms don't decay
-        {"params": [w for name, w in named if name.endswith("weight")]},
-        {"params": [w for name, w in named if not name.endswith("weight")], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay, fused=True)
+    decaying = [w for name, w in named if name.endswith("weight")]
+    constant = [w for name, w in named if not name.endswith("weight")]
+    groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay,
+                                  fused=device != "mps")
     randoms = [stream(seed, 3, device) for seed in seeds]
     diverged, stopped = [0] * R, {}
 
@@ -406,18 +441,21 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
             if target == "token":
                 goals = [x]
             elif target == "latent":
-                maps = teacher(x, K, **from_ffn)
+                maps = teacher(x, K, ffn=ffn)
                 goals = [sum(pool(h, T) for h in maps) / K]             # (R, B, T, d)
             elif target == "several":
-                goals = [pool(h, T) for h in teacher(x, K, **from_ffn)]
+                goals = [pool(h, T) for h in teacher(x, K, ffn=ffn)]
             elif target == "stacked":
-                goals = teacher(x, K, **from_ffn)                       # each (R, B, n, d)
+                goals = teacher(x, K, ffn=ffn)                          # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
         maps = student(x.masked_fill(hidden, v), K, randoms)
         sources = maps if target == "stacked" else maps[-1:] * count
-        errors = [distance(head(h), goal) for head, h, goal in zip(heads, sources, goals)]
-        loss = sum(mean_where(hidden, error) for error in errors)       # (R,), one for every run
+        loss = 0
+        for h, head, goal in zip(sources, heads, goals):
+            prediction = head(h)[..., :outputs]
+            error = distance(prediction, goal)                          # (R, B, n)
+            loss = loss + mean_where(hidden, error)                     # (R,), one for every run
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
@@ -433,12 +471,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.step()
+        # the teacher keeps ema of itself
         follow(teacher, student, settings.ema)
         if watch:
             watch(step, loss.detach(), teacher)
         if all(diverged):
             break
 
+    # what diverged goes back to where it stopped
     for r, kept in stopped.items():
         for w, before in zip(teacher.parameters(), kept):
             w[r] = before
@@ -512,14 +552,16 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     T, d, hidden = s**L, settings.width, settings.hidden
     strings = 0 if settings.online else P
     check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
+    maps = 2 if settings.encoder == "tree" else settings.layers
     tests = settings.test_strings + settings.probe_strings
-    check_memory("test-strings", tests * T * 8 * (d + 1), f"features of {tests} strings")
+    check_memory("test-strings", 4 * tests * T * d * maps, f"features of {tests} strings")
     if settings.encoder == "tree":
         weights = 2 * L * ((s + 1) * d * hidden + hidden * s * d)
         position = 4 * (8 * d + 3 * hidden)
     else:
         weights = settings.layers * (4 * d * d + 2 * d * hidden + 13 * d) + T * d
         position = settings.layers * (14 * d + 3 * hidden + 4 * settings.heads * T)
+    # student, teacher, untrained, gradient and the two averages of AdamW, 4 bytes each
     check_memory("width", 6 * 4 * weights, f"{weights} weights")
     check_memory("batch", 4 * settings.batch * T * position, f"a step of {settings.batch} strings")
 
@@ -533,25 +575,22 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError for strings, sizes or settings that can't be."""
     options = read_settings(SETTINGS, PRESETS, settings)
-    runs, depths = [], set()
+    runs, depths = [], []
     for x in xs:
-        if isinstance(x, Grammar):
-            runs.append(x)
-            depths.add((x.v, x.s, x.L))
-        else:
-            x, L = as_strings(x, v, s)
-            runs.append(x.to(device))
-            depths.add((v, s, L))
-    if len(depths) != 1 or depths != {(v, s, *[L for _, _, L in depths])}:
-        raise ValueError(f"x: all runs must have the same v, s and L, not {sorted(depths)}")
+        x, L = (x, x.L) if isinstance(x, Grammar) else as_strings(x, v, s)
+        runs.append(x if isinstance(x, Grammar) else x.to(device))
+        depths.append(L)
+    grammars = [x for x in runs if isinstance(x, Grammar)]
+    if len(set(depths)) != 1 or any((g.v, g.s) != (v, s) for g in grammars):
+        raise ValueError("x: all runs must have the same v, s and length of strings")
     if len(seeds) != len(runs):
         raise ValueError(f"seeds: must be one for each of {len(runs)} runs, not {len(seeds)}")
-    if options.online and not all(isinstance(x, Grammar) for x in runs):
+    if options.online and len(grammars) < len(runs):
         raise ValueError("online: needs a Grammar in place of x")
-    L = depths.pop()[2]
     P = max(1 if isinstance(x, Grammar) else len(x) for x in runs)
     check_size(v, s, 1, L, P, target, **settings)
     trained = train(runs, v, s, L, target, seeds, options, device, watch)
+    # each run gets encoders of its own, R = 1
     models = []
     for r, step in enumerate(trained[2]):
         own = [build(1, v, s, L, options).to(device).requires_grad_(False) for _ in range(2)]
@@ -562,18 +601,14 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, device="cpu", **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", **settings):
     """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
-    model = fit_many([x], v, s, target, [seed], device=device, **settings)[0]
+    model = fit_many([x], v, s, target, [seed], watch, device, **settings)[0]
     if model.diverged:
-        raise FloatingPointError(why_diverged(model))
+        lr, decay = model.settings.lr, model.settings.decay
+        raise FloatingPointError(f"the loss is not finite at step {model.diverged}; "
+                                 f"try a smaller lr ({lr}) or decay ({decay})")
     return model
-
-
-def why_diverged(model):
-    """One line: the step, and the likeliest culprits."""
-    lr, decay = model.settings.lr, model.settings.decay
-    return f"the loss is not finite at step {model.diverged}; try a smaller lr ({lr}) or decay ({decay})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,7 +623,7 @@ def encode(encoder, x):
 
 
 def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
-    """Which levels do features know? Returns three lists over l = 1..L-1: (unseen, seen, collapsed).
+    """Which levels do features know? Three lists over l = 1..L-1: (unseen, seen, collapsed).
 
     features: strings (P, T) -> a list of (P, n, d). A linear probe reads h^(l) from the features of
     its node. It is fitted on strings in which one rule of every level-l symbol never occurs. unseen
@@ -602,10 +637,13 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     tested = features(test[0])
     results = []
     for l in range(1, grammar.L):
+        # fit on strings without rule 0 of every symbol
         probe = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
         absent = torch.isin(tuples, tuple_codes(grammar.rules[l - 1][:, 0].to(device), grammar.v))
         nodes = grammar.s ** (grammar.L - l)
+
+        # and ask about the tuples that only this rule makes
         found = []
         for fitted, fresh in zip(features(probe[0]), tested):
             predict = linear_probe(pool(fitted, nodes).flatten(0, 1), probe[l].flatten(), grammar.v)
@@ -617,27 +655,27 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     return [list(column) for column in zip(*results)]
 
 
-def mlp_probe(features, labels, v, steps=2000, lr=1e-3, batch=256):
+def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
     features: (R, n, d) float; labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
     All probes start alike and see the same rows and dropout, whatever R."""
     R, n, d = features.shape
-    random = torch.Generator().manual_seed(0)
-    net = TwoLayers(R, d, 2 * d, v)
-    state = random.get_state()
-    starts = [torch.Generator().manual_seed(0).set_state(state) for _ in range(R)]
-    net = initialise(net, starts).to(features)
-    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
+    net = TwoLayers(R, d, 2 * d, aligned(v))
+    net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
+    random = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(net.parameters(), lr)
     for _ in range(steps):
         rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
         hidden = F.gelu(net.first(features.index_select(1, rows))) * keep
-        error = cross_entropy(net.second(hidden)[:, None], labels.index_select(1, rows)[:, None].long())
+        scores = net.second(hidden)[..., :v]                      # (R, batch, v)
+        truth = labels.index_select(1, rows).long()               # (R, batch)
+        error = cross_entropy(scores[:, None], truth[:, None])    # (R, 1, batch)
         optimizer.zero_grad()
-        error.mean(2).sum().backward()
+        error.mean(2).sum().backward()  # every probe by its own mean, as if it were alone
         optimizer.step()
-    return lambda h: net(h).argmax(2)
+    return lambda h: net(h)[..., :v].argmax(2)
 
 
 def root_probe(encoders, grammars, seeds, settings, device="cpu"):
@@ -653,7 +691,8 @@ def root_probe(encoders, grammars, seeds, settings, device="cpu"):
         label.append(labelled[-1][:, 0])
         truth.append(fresh[-1][:, 0])
     v = grammars[0].v
-    answer = mlp_probe(torch.stack(train), torch.stack(label), v)(torch.stack(test))  # (R, n)
+    predict = mlp_probe(torch.stack(train), torch.stack(label), v, settings.probe_steps)
+    answer = predict(torch.stack(test))  # (R, n)
     accuracy = (answer == torch.stack(truth)).float().mean(1).tolist()
     return accuracy, [len(a.unique()) < v for a in answer]
 
@@ -687,12 +726,11 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     if options.online:
         models = []
         for grammar, P, seed in zip(grammars, samples, seeds):
-            steps = max(1, P // options.batch)
-            models += fit_many([grammar], first.v, first.s, target, [seed], device=device,
-                               **{**settings, "steps": steps})
+            own = {**settings, "steps": max(1, P // options.batch)}
+            models += fit_many([grammar], first.v, first.s, target, [seed], None, device, **own)
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
-        models = fit_many(xs, first.v, first.s, target, seeds, device=device, **settings)
+        models = fit_many(xs, first.v, first.s, target, seeds, None, device, **settings)
     return measure(models, grammars, seeds, device)
 
 
@@ -727,6 +765,8 @@ def spread(encoder, x, top):
     maps = encode(encoder, x)[-top:]
     target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)  # (P, T, d)
     covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
+    if not covariance.isfinite().all():
+        return float("nan"), float("nan")
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)
     share = eigenvalues / eigenvalues.sum()
     return eigenvalues.mean().sqrt().item(), torch.special.entr(share).sum().exp().item()
@@ -737,20 +777,16 @@ def spread(encoder, x, top):
 
 
 def check_files(parser, args):
-    """--trace and --save must be two files that can be written; nothing is left behind."""
+    """--trace and --save must be two files that can be written; found out before the training."""
     if args.trace and args.save and os.path.realpath(args.trace) == os.path.realpath(args.save):
         parser.error("argument --save: must not be the file of --trace")
     for flag in ("trace", "save"):
         file = getattr(args, flag)
         if file is None:
             continue
-        new = not os.path.exists(file)
-        try:
-            open(file, "ab").close()
-        except OSError as error:
-            parser.error(f"argument --{flag}: cannot write {file}: {error.strerror}")
-        if new:
-            os.remove(file)
+        place = file if os.path.exists(file) else os.path.dirname(os.path.abspath(file))
+        if os.path.isdir(file) or not os.access(place, os.W_OK):
+            parser.error(f"argument --{flag}: cannot write {file!r}")
 
 
 def main():
@@ -786,7 +822,8 @@ def main():
     table = csv.writer(trace, lineterminator="\n")
     table.writerow(["step", "loss", "target std", "rank", *columns])
 
-    quick = read_settings(SETTINGS, PRESETS, {**given, "test_strings": min(512, settings.test_strings)})
+    few = {**given, "test_strings": min(PIECE, settings.test_strings)}
+    quick = read_settings(SETTINGS, PRESETS, few)
     shown = grammar.sample(quick.test_strings, (args.seed, 1), device)[0]
     bar = tqdm(total=settings.steps, unit="step", leave=False)
 
@@ -803,18 +840,21 @@ def main():
         tqdm.write(text + "".join(f"{number:12.2f}" for number in row[4:]))
 
     x = grammar if settings.online else grammar.sample(P, args.seed, device)[0]
-    model = fit_many([x], v, s, args.target, [args.seed], watch, device, **given)[0]
+    try:
+        model = fit(x, v, s, args.target, args.seed, watch, device, **given)
+    except FloatingPointError as error:
+        bar.close()
+        parser.exit(1, f"{parser.prog}: {error}\n")
     bar.close()
     trace.close()
-    if model.diverged:
-        parser.exit(1, f"{parser.prog}: {why_diverged(model)}\n")
     score = measure([model], [grammar], [args.seed], device)[0]
-    print(f"\non {settings.test_strings} fresh strings (chance {1 / v:.3f})     trained   untrained")
+    where = f"on {settings.test_strings} fresh strings (chance {1 / v:.3f})"
+    print(f"\n{where:36}   trained   untrained")
     names = [f"level {l}  unseen synonyms, best map" for l in range(1, L)]
-    for name, accuracy, floor, few in zip(
-        [*names, "root     MLP probe of the last map"], score.accuracy, score.floor, score.collapsed
-    ):
-        print(f"{name:36}{accuracy:10.3f}{floor:12.3f}" + "   collapsed" * few)
+    names.append("root     MLP probe of the last map")
+    for l, name in enumerate(names):
+        mark = "   collapsed" if score.collapsed[l] else ""
+        print(f"{name:36}{score.accuracy[l]:10.3f}{score.floor[l]:12.3f}{mark}")
     if args.save:
         model.save(args.save)
 

@@ -1104,25 +1104,30 @@ def test_a_refused_predictor_leaves_nothing_behind(flags, tmp_path, monkeypatch,
 
 
 TINY = {
-    "tree": data2vec.PRESETS["tree"]._replace(width=16, hidden=24, steps=3, batch=8),
-    "transformer": data2vec.PRESETS["transformer"]._replace(
-        width=16, hidden=24, layers=3, steps=3, batch=8, attention_bias=True, dropout=0.1
-    ),
+    "tree": {"width": 16, "hidden": 24, "steps": 3, "batch": 8},
+    "transformer": {"preset": "transformer", "width": 16, "hidden": 24, "layers": 3, "steps": 3, "batch": 8,
+                    "attention_bias": True, "dropout": 0.1},
 }
 both = pytest.mark.parametrize("preset", TINY)
+every_target = pytest.mark.parametrize("target", data2vec.TARGETS)
 
 
-def encoder(preset, seed=0, v=4, s=2, L=3):
-    return data2vec.build(v, s, L, TINY[preset], torch.Generator().manual_seed(seed))
+def options(**settings):
+    return grammar.read_settings(data2vec.SETTINGS, data2vec.PRESETS, settings)
 
 
-def strings(n=8, v=4, T=8, seed=0):
-    return torch.randint(v, (n, T), generator=torch.Generator().manual_seed(seed))
+def drawn(n, v=4, s=2, L=3, m=2):
+    """n grammars, and strings of each, no two samples of one size."""
+    grammars = [Grammar.random(v, s, m, L, i) for i in range(n)]
+    return grammars, [g.sample(20 + 7 * i, i)[0] for i, g in enumerate(grammars)]
 
 
-def linear_heads(target, top, v=4, d=16):
-    count = top if target in ("stacked", "several") else 1
-    return torch.nn.ModuleList(torch.nn.Linear(d, v if target == "token" else d) for _ in range(count))
+def weights(model):
+    return [w.clone() for w in model.encoder.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
@@ -1148,32 +1153,33 @@ def test_mask_of_several_levels_gives_every_string_one_of_them():
     assert full.all()
 
 
-@both
-@pytest.mark.parametrize("target", data2vec.TARGETS)
-def test_masked_tokens_do_not_reach_the_student(preset, target):
-    """Changing what is hidden leaves the student's maps bit for bit as they were; changing what is visible does not."""
-    student, teacher, top = encoder(preset), encoder(preset, 1), 2
-    x, random = strings(), torch.Generator().manual_seed(3)
-    hidden = data2vec.draw_mask(8, 3, 2, 0.3, 0, random)
-    seen = []
-    student.register_forward_hook(lambda module, inputs, maps: seen.append(maps))
-    heads = linear_heads(target, top)
-    for other in (x, torch.where(hidden, (x + 1) % 4, x), torch.where(hidden, x, (x + 1) % 4)):
-        data2vec.objective(student, teacher, heads, other, hidden, target, top)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1]))
-    assert not torch.equal(seen[0][-1], seen[2][-1])
+def test_the_student_does_not_see_what_is_hidden_and_the_teacher_sees_all(monkeypatch):
+    seen, build = [], data2vec.build
+
+    def watched(*arguments):
+        encoder = build(*arguments)
+        encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        return encoder
+
+    monkeypatch.setattr(data2vec, "build", watched)
+    _, xs = drawn(2)
+    data2vec.fit_many(xs, 4, 2, "latent", [0, 1], **TINY["tree"])
+    steps = data2vec.batches(xs, 3, 2, [0, 1], options(**TINY["tree"]), "cpu")
+    for i, (x, hidden) in enumerate(steps):
+        assert torch.equal(seen[2 * i], x) and x.max() < 4
+        assert torch.equal(seen[2 * i + 1], torch.where(hidden, 4, x)) and hidden.any(2).all()
+    assert len(seen) == 6
 
 
 @both
-@pytest.mark.parametrize("target", data2vec.TARGETS)
+@every_target
 def test_loss_is_the_loop_over_masked_positions(preset, target):
-    """objective against one position at a time: only masked ones enter, the target's average over layers included."""
-    student, teacher, top, v = encoder(preset), encoder(preset, 1), 2, 4
-    x = strings()
-    hidden = data2vec.draw_mask(8, 3, 2, 0.3, 0, torch.Generator().manual_seed(3))
-    heads = linear_heads(target, top)
-    loss = data2vec.objective(student, teacher, heads, x, hidden, target, top)
-    own, whole = student(x.masked_fill(hidden, v)), teacher(x)
+    """The loss of the first step, of three runs at once, against one position of one run at a time."""
+    settings = options(**{**TINY[preset], "dropout": 0.0, "top": 2})
+    _, xs = drawn(3)
+    losses, teachers, v = [], [], 4
+    data2vec.fit_many(xs, v, 2, target, [4, 5, 6], lambda step, loss, teacher: losses.append(loss), **vars(settings))
+    x, hidden = next(data2vec.batches(xs, 3, 2, [4, 5, 6], settings, "cpu"))
 
     def standard(h):
         return (h - h.mean()) / (h.var(correction=0) + 1e-5) ** 0.5
@@ -1182,58 +1188,177 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
         gap = (a - b).abs()
         return torch.where(gap < 4, gap**2 / 8, gap - 2).mean()
 
-    terms = []
-    for b, t in hidden.nonzero().tolist():
-        layers = [standard(h[b, t]) for h in whole[-top:]]
-        if target == "token":
-            terms.append(-F.log_softmax(heads[0](standard(own[-1][b, t])), 0)[x[b, t]])
-        elif target == "latent":
-            terms.append(huber(heads[0](standard(own[-1][b, t])), (layers[0] + layers[1]) / 2))
-        else:
-            source = own[-2:] if target == "stacked" else [own[-1]] * 2
-            terms.append(sum(huber(head(standard(h[b, t])), g) for head, h, g in zip(heads, source, layers)))
-    assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-4)
+    for r, seed in enumerate((4, 5, 6)):
+        start = [data2vec.stream(seed, 0)]
+        encoder = data2vec.initialise(data2vec.build(1, v, 2, 3, settings), start)
+        sizes = [8] if target == "token" else [16] * (1 if target == "latent" else 2)  # 4 tokens, in a multiple of 8
+        heads = [data2vec.initialise(data2vec.Linear(1, 16, size), start) for size in sizes]
+        maps = [[data2vec.pool(h, 8)[0] for h in encoder(tokens[r : r + 1], 2)]
+                for tokens in (x.masked_fill(hidden, v), x)]  # of the student and the teacher, each (B, T, d)
+        terms = []
+        for b, t in hidden[r].nonzero().tolist():
+            own, whole = ([standard(h[b, t]) for h in some] for some in maps)
+            said = [h @ head.weight[0] + head.bias[0, 0] for h, head in zip(own if target == "stacked"
+                                                                            else [own[-1]] * 2, heads)]
+            if target == "token":
+                terms.append(-F.log_softmax(said[0][:v], 0)[x[r, b, t]])
+            elif target == "latent":
+                terms.append(huber(said[0], (whole[0] + whole[1]) / 2))
+            else:
+                terms.append(huber(said[0], whole[0]) + huber(said[1], whole[1]))
+        assert torch.allclose(losses[0][r], torch.stack(terms).mean(), rtol=1e-4)
+
+
+def test_gradients_are_clipped_run_by_run():
+    random = torch.Generator().manual_seed(0)
+    sizes = [(3, 4, 5), (3, 1, 7)]
+    stacked = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    scale = torch.tensor([0.01, 1.0, 100.0]).view(3, 1, 1)
+    for w in stacked:
+        w.grad = torch.randn(w.shape, generator=random) * scale
+    single = [[torch.nn.Parameter(w[r].detach()) for w in stacked] for r in range(3)]
+    for r, run in enumerate(single):
+        for w, all_runs in zip(run, stacked):
+            w.grad = all_runs.grad[r].clone()
+    norms = data2vec.clip_each_run(stacked)
+    for r, run in enumerate(single):
+        assert torch.allclose(norms[r], torch.nn.utils.clip_grad_norm_(run, data2vec.CLIP))
+        assert all(torch.allclose(w.grad, every.grad[r], rtol=1e-5) for w, every in zip(run, stacked))
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    settings = options(steps=100, warmup=10, cooldown=0.25, lr=1.0)
+    rates = [data2vec.learning_rate(step, settings) for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates[9:75] == [1.0] * 66
+    assert np.allclose(rates[75:], np.arange(25, 0, -1) / 25)
+    settings = options(steps=100, warmup=10, cooldown=0, lr=1.0)
+    assert [data2vec.learning_rate(step, settings) for step in (10, 100)] == [1.0, 1.0]
 
 
 @both
-def test_teacher_is_the_closed_form_average_without_gradient(preset):
+def test_teacher_is_the_closed_form_average_without_gradient(preset, monkeypatch):
     """After k steps: ema^k start + (1 - ema) sum_i ema^(k-i) student_i, with the students recorded while training."""
-    settings, g, ema, k = TINY[preset]._replace(steps=5, ema=0.9), Grammar.random(4, 2, 2, 3, 0), 0.9, 5
-    teachers, students = [], []
-    follow = data2vec.follow
+    students, follow = [], data2vec.follow
 
-    def recorded(teacher, student, rate):
-        students.append([p.detach().clone() for p in student.parameters()])
-        follow(teacher, student, rate)
+    def recorded(teacher, student, ema):
+        students.append([w.detach().clone() for w in student.parameters()])
+        follow(teacher, student, ema)
 
     def watch(step, loss, teacher):
-        assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
-        teachers.append([p.clone() for p in teacher.parameters()])
+        assert all(not w.requires_grad and w.grad is None for w in teacher.parameters())
 
-    data2vec.follow = recorded
-    try:
-        batches = data2vec.batches(g, 32, 0, settings, "cpu")
-        teacher, untrained = data2vec.fit(batches, 4, 2, 3, "latent", settings, 0, "cpu", watch)
-    finally:
-        data2vec.follow = follow
-    for j, (start, last) in enumerate(zip(untrained.parameters(), teacher.parameters())):
-        expected = ema**k * start + sum((1 - ema) * ema ** (k - i) * students[i - 1][j] for i in range(1, k + 1))
+    monkeypatch.setattr(data2vec, "follow", recorded)
+    settings = {**TINY[preset], "steps": 5, "ema": 0.9}
+    model = data2vec.fit_many(drawn(1)[1], 4, 2, "latent", [0], watch, **settings)[0]
+    for j, (start, last) in enumerate(zip(model.untrained.parameters(), model.encoder.parameters())):
+        expected = 0.9**5 * start + sum(0.1 * 0.9 ** (4 - i) * students[i][j] for i in range(5))
         assert torch.allclose(last, expected, atol=1e-6)
-        assert torch.equal(last, teachers[-1][j])
-    assert any(not torch.equal(a, b) for a, b in zip(students[0], students[-1]))
+    assert not equal(students[0], students[-1])
 
 
 @both
-def test_maps_have_one_shape_and_the_tree_shares_what_its_nodes_share(preset):
-    net, x = encoder(preset), strings()
-    maps = net(x)
-    assert len(maps) == 3 and all(h.shape == (8, 8, 16) for h in maps)
-    if preset == "tree":
-        assert torch.equal(maps[0][:, 0], maps[0][:, 3]) and not torch.equal(maps[0][:, 3], maps[0][:, 4])
-        assert torch.equal(maps[1][:, 0], maps[1][:, 1]) and not torch.equal(maps[1][:, 1], maps[1][:, 2])
+@every_target
+def test_a_run_does_not_depend_on_its_neighbours(preset, target):
+    """The same bytes alone, as one of 3 and as one of 8, at a vocabulary that is no multiple of 8."""
+    grammars, xs = drawn(8, v=5)
+    xs[3] = grammars[3]  # always fresh strings beside fixed ones
+    runs = [data2vec.fit_many([xs[i] for i in some], 5, 2, target, some, **TINY[preset]) for some in
+            (range(8), range(2, 5), [2], [3])]
+    alone, online = (weights(run[0]) for run in runs[2:])
+    assert equal(alone, weights(runs[0][2])) and equal(alone, weights(runs[1][0]))
+    assert equal(online, weights(runs[0][3])) and equal(online, weights(runs[1][1]))
+    assert not equal(alone, weights(runs[0][1]))
+
+
+def test_a_diverged_run_stops_and_its_neighbours_go_on(monkeypatch):
+    """The loss of run 1 is NaN in step 3: it keeps the weights of step 2, and the others are as without it."""
+    _, xs = drawn(3)
+    settings = {**TINY["tree"], "steps": 6, "cooldown": 0}
+    alone = [data2vec.fit(xs[i], 4, 2, "latent", i, **{**settings, "steps": n}) for i, n in ((0, 6), (1, 2), (2, 6))]
+    calls, smooth_l1 = [], data2vec.smooth_l1
+
+    def poisoned(prediction, goal):
+        calls.append(0)
+        poison = torch.tensor([1, np.nan if len(calls) == 3 else 1, 1]).view(-1, 1, 1)
+        return smooth_l1(prediction, goal) * poison
+
+    monkeypatch.setattr(data2vec, "smooth_l1", poisoned)
+    models = data2vec.fit_many(xs, 4, 2, "latent", range(3), **settings)
+    assert [model.diverged for model in models] == [0, 3, 0]
+    assert all(equal(weights(a), weights(b)) for a, b in zip(alone, models))
+
+
+def test_divergence_is_reported(tmp_path, monkeypatch, capsys):
+    g = Grammar.random(4, 2, 2, 3, 0)
+    wild = {**TINY["tree"], "steps": 300, "lr": 1.0, "decay": 10.0, "warmup": 1}
+    with pytest.raises(FloatingPointError, match="^the loss is not finite at step [0-9]+; .*lr .*decay"):
+        data2vec.fit(g.sample(50)[0], 4, 2, **wild)
+    score = data2vec.recover([g], [50], [0], **wild, probe_strings=50, test_strings=50, probe_steps=5)[0]
+    assert score.accuracy == [0.0, 0.0, 0.0] and score.diverged > 1 and len(score.floor) == 3
+    flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 300 --batch 8 --width 16 --hidden 24 --lr 1 --decay 10"
+    flags += f" --warmup 1 --probes 100 --probe-strings 50 --probe-steps 5 --test-strings 50 --trace {tmp_path / 'trace.csv'}"
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        data2vec.main()
+    assert end.value.code == 1 and capsys.readouterr().err.strip().splitlines()[-1].startswith("data2vec.py: the loss")
+    assert len((tmp_path / "trace.csv").read_text().splitlines()) > 2  # what came before is on disk
+
+
+@both
+def test_features_know_the_tree_and_a_checkpoint_gives_them_again(preset, tmp_path):
+    model = data2vec.fit(drawn(1)[1][0].tolist(), 4, 2, "several", **TINY[preset])
+    x = drawn(2)[1][1]
+    maps = model.features(x)
+    nodes = [2, 4, 8] if preset == "tree" else [8, 8, 8]
+    assert [tuple(h.shape) for h in maps] == [(27, n, 16) for n in nodes]
     changed = x.clone()
     changed[:, 7] = (x[:, 7] + 1) % 4
-    assert not torch.allclose(net(changed)[-1][:, 0], maps[-1][:, 0])  # the first token has seen the last
+    assert not torch.allclose(model.features(changed)[-1][:, 0], maps[-1][:, 0])  # the first token has seen the last
+    model.save(tmp_path / "encoder.pt")
+    loaded = data2vec.load(tmp_path / "encoder.pt")
+    assert equal(loaded.features(x), maps) and repr(loaded) == repr(model) and "\n" not in repr(model)
+    for name, content in (("text", b"hello"), ("empty", b""), ("other", None)):
+        file = tmp_path / name
+        torch.save({"v": 8}, file) if content is None else file.write_bytes(content)
+        with pytest.raises(ValueError, match="^file: .* was not written by data2vec.py"):
+            data2vec.load(file)
+
+
+@pytest.mark.parametrize("x, settings, message", [
+    ([[0, 1, 2, 4]], {}, "x: symbols must lie in"),  # 4 is the number of a hidden token
+    ([[0.0, 1.0, 2.0, 3.0]], {}, "x: symbols must be whole"),
+    ([[0, 1, 2]], {}, "x: must be"),
+    ([[0, 1, 2, 3]], {"width": 12}, "width: must be a multiple of 8"),
+    ([[0, 1, 2, 3]], {"mask_block": 2}, "mask-block: must be from 0 to depth-1"),
+    ([[0, 1, 2, 3]], {"mask_block": "Top"}, "mask-block: must be"),
+    ([[0, 1, 2, 3]], {"online": True}, "online: needs a Grammar"),
+    ([[0, 1, 2, 3]], {"target": "labels"}, "target: must be one of"),
+    ([[0, 1, 2, 3]], {"preset": "transformer", "heads": 7}, "width: must be a multiple of heads"),
+    ([[0, 1, 2, 3]], {"batch": 2**20, "width": 2**14}, "batch: a step of"),
+    ([[0, 1, 2, 3]], {"width": 2**14, "hidden": 2**16}, "width: .* weights would need"),
+])
+def test_fit_of_data2vec_refuses_bad_input(x, settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        data2vec.fit(x, 4, 2, **settings)
+
+
+@both
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone(preset):
+    before, x = torch.random.get_rng_state(), drawn(1)[1][0]
+    copy = x.clone()
+    runs = [weights(data2vec.fit(x, 4, 2, "stacked", seed, **TINY[preset])) for seed in (5, 5, 6)]
+    assert torch.equal(before, torch.random.get_rng_state()) and torch.equal(x, copy)
+    assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
+
+
+def test_offline_repeats_p_strings_and_online_never():
+    g, settings = Grammar.random(8, 2, 4, 4, 0), options(steps=150, batch=16)
+    offline, online = g.sample(20, 3)[0], g
+    steps = list(data2vec.batches([offline, online], 4, 2, [3, 3], settings, "cpu"))
+    x = torch.stack([x for x, _ in steps], 1).flatten(1, 2)  # (2, 2400, T)
+    assert x.shape == (2, 2400, 16) and x.dtype == torch.int64
+    assert {tuple(row) for row in x[0].tolist()} == {tuple(row) for row in offline.tolist()}
+    assert len(x[1].unique(dim=0)) > 2390
 
 
 @pytest.mark.parametrize("l", [1, 2, 3])
@@ -1268,155 +1393,137 @@ def test_probes_read_planted_features_and_nothing_else():
     random = torch.Generator().manual_seed(0)
     labels, test = (torch.randint(8, (n,), generator=random) for n in (2048, 4096))
     planted = torch.randn(8, 32, generator=random)
-    for fit in (linear_probe, lambda *data: data2vec.mlp_probe(*data, steps=300, lr=1e-2)):
-        for signal, low, high in ((1.0, 0.99, 1.0), (0.0, 0.08, 0.17)):
-            train, fresh = (
-                signal * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random) for y in (labels, test)
-            )
-            right = (fit(train, labels, 8)(fresh).argmax(1) == test).float().mean()
-            assert low <= right <= high, (signal, right)
+    stacked = []
+    for signal, low, high in ((1.0, 0.99, 1.0), (0.0, 0.08, 0.17)):
+        train, fresh = (signal * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random) for y in (labels, test))
+        right = (linear_probe(train, labels, 8)(fresh).argmax(1) == test).float().mean()
+        assert low <= right <= high
+        answer = data2vec.mlp_probe(train[None], labels[None], 8, steps=150, lr=2e-2)(fresh[None])
+        assert low <= (answer[0] == test).float().mean() <= high
+        stacked.append((train, fresh, answer[0]))
+    train, fresh, answer = (torch.stack(parts) for parts in zip(*stacked))
+    both_at_once = data2vec.mlp_probe(train, labels.expand(2, -1), 8, steps=150, lr=2e-2)(fresh)
+    assert torch.equal(both_at_once, answer)
 
 
-class Oracle(torch.nn.Module):
-    """An encoder that parses: its only map shows, at every position, a random vector per symbol of level `level`, or
-    per level-(level-1) tuple if `raw`, which knows the tuple but not that it has synonyms."""
+def oracle(g, level, raw):
+    """Features that parse: the only map shows, at every position, a random vector per symbol of level `level`, or per
+    level-(level-1) tuple if `raw`, which knows the tuple but not that it has synonyms."""
+    size = g.v**g.s if raw else g.v
+    vectors = torch.randn(size, 64, generator=torch.Generator().manual_seed(1))
 
-    def __init__(self, g, level, raw):
-        super().__init__()
-        self.g, self.level, self.raw = g, level, raw
-        size = g.v**g.s if raw else g.v
-        self.vectors = torch.randn(size, 64, generator=torch.Generator().manual_seed(1))
+    def features(x):
+        levels = plain_parse(g, x, level)
+        ids = levels[level].long()
+        if raw:
+            ids = tuple_codes(levels[level - 1].unflatten(1, (-1, g.s)), g.v)
+        return [vectors[ids].repeat_interleave(g.s**level, 1)]
 
-    def forward(self, x, random=None):
-        levels = self.g.parse(x)
-        ids = levels[self.level].long()
-        if self.raw:
-            ids = tuple_codes(levels[self.level - 1].unflatten(1, (-1, self.g.s)), self.g.v)
-        return [self.vectors[ids].repeat_interleave(self.g.s**self.level, 1)]
+    return features
+
+
+def plain_parse(g, x, level):
+    """Levels of strings that may have no derivation above `level`, which is all that a swap on it needs."""
+    levels = [x]
+    for rules in g.rules[:level]:
+        tuples = levels[-1].unflatten(1, (-1, g.s))
+        found = (tuples[:, :, None] == rules.reshape(-1, g.s).to(x)).all(3)
+        levels.append((found.int().argmax(2) // g.m).to(x.dtype))
+    return levels
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_unseen_synonym_accuracy_tells_knowing_a_level_from_looking_it_up(level):
-    g = Grammar.random(8, 2, 3, 3, 0)
-    exam = Exam(g, 0, tests=1024)
-    unseen, seen, collapsed = examine(data2vec.readout(Oracle(g, level, raw=False), 2, 3), exam)
+    g, settings = Grammar.random(8, 2, 3, 3, 0), options(test_strings=1024)
+    unseen, seen, collapsed = data2vec.unseen_synonyms(oracle(g, level, raw=False), g, 0, settings)
     assert unseen[level - 1] == 1 and seen[level - 1] == 1 and not collapsed[level - 1]
-    unseen, seen, _ = examine(data2vec.readout(Oracle(g, level, raw=True), 2, 3), exam)
+    unseen, seen, _ = data2vec.unseen_synonyms(oracle(g, level, raw=True), g, 0, settings)
     assert seen[level - 1] > 0.99 and unseen[level - 1] < 0.4
-    for l in range(1, 3):  # the absent tuples are absent from the probe's strings, and are those that are scored
-        codes = tuple_codes(exam.probe[l][l - 1].unflatten(1, (-1, 2)), 8).unique()
-        absent = tuple_codes(exam.test[l - 1].unflatten(1, (-1, 2)), 8)[exam.unseen[l]].unique()
-        assert len(codes) == 16 and len(absent) == 8 and not set(codes.tolist()) & set(absent.tolist())
-        assert all(torch.equal(a, b) for a, b in zip(g.parse(exam.probe[l][0]), exam.probe[l]))
-    with pytest.raises(ValueError, match="m = 1"):
-        Exam(Grammar.random(8, 2, 1, 3, 0), 0)
+    levels = data2vec.sample_without(g, level, 0, 2048, 0, "cpu")
+    codes = tuple_codes(levels[level - 1].unflatten(1, (-1, 2)), 8).unique().tolist()
+    allowed = tuple_codes(g.rules[level - 1][:, 1:].flatten(0, 1), 8).tolist()
+    assert sorted(codes) == sorted(allowed) and equal(g.parse(levels[0]), levels)
+    with pytest.raises(ValueError, match="^m: must be 2 or more"):
+        data2vec.unseen_synonyms(None, Grammar.random(8, 2, 1, 3, 0), 0, settings)
+
+
+def test_best_of_several_maps_counts():
+    """Two maps, one that knows level 1 and one of noise, are as good as the one."""
+    g, settings = Grammar.random(8, 2, 3, 3, 0), options(test_strings=512)
+    known, noise = oracle(g, 1, raw=False), torch.Generator().manual_seed(0)
+
+    def features(x):
+        maps = known(x)
+        return [torch.randn(maps[0].shape, generator=noise), *maps]
+
+    assert data2vec.unseen_synonyms(features, g, 0, settings)[0][0] == 1
 
 
 def test_synonym_score_is_one_for_latents_and_about_zero_for_tuples(monkeypatch):
+    g, settings = Grammar.random(8, 2, 3, 3, 0), options(test_strings=1024)
+    monkeypatch.setattr(data2vec, "encode", lambda features, x: features(x))
+    assert data2vec.synonym_scores(oracle(g, 1, raw=False), g, 0, settings)[0] == 1
+    assert abs(data2vec.synonym_scores(oracle(g, 1, raw=True), g, 0, settings)[0]) < 0.1
+
+
+def test_collapse_is_seen(monkeypatch):
     g = Grammar.random(8, 2, 3, 3, 0)
-    exam = Exam(g, 0, tests=1024)
-    monkeypatch.setattr(Grammar, "parse", lambda self, x: plain_parse(self, x))
-    assert data2vec.synonym_scores(Oracle(g, 1, raw=False), exam)[0, 0] == 1
-    assert abs(data2vec.synonym_scores(Oracle(g, 1, raw=True), exam)[0, 0]) < 0.1
-
-
-def plain_parse(g, x):
-    """Level 1 of strings that may have no derivation: all that a swap on level 1 needs."""
-    tuples = x.unflatten(1, (-1, g.s))
-    found = (tuples[:, :, None] == g.rules[0].reshape(-1, g.s).to(x)).all(3)
-    return [x, found.int().argmax(2) // g.m]
-
-
-class Constant(torch.nn.Module):
-    def forward(self, x, random=None):
-        return [torch.ones(*x.shape, 16)]
-
-
-def test_collapse_is_seen():
-    exam = Exam(Grammar.random(8, 2, 3, 3, 0), 0, tests=512)
-    assert examine(data2vec.readout(Constant(), 2, 3), exam)[2] == [True, True]
-    std, rank = data2vec.spread(Constant(), exam, 3)
-    assert std < 1e-6
+    x = g.sample(512, 1)[0]
+    monkeypatch.setattr(data2vec, "encode", lambda features, x: features(x))
+    constant = lambda x: [torch.ones(*x.shape, 16)]  # noqa: E731
+    assert data2vec.unseen_synonyms(constant, g, 0, options(test_strings=512))[2] == [True, True]
+    assert data2vec.spread(constant, x, 3)[0] < 1e-6
     vectors = torch.eye(8).repeat_interleave(8, 1) * 2 - 1  # eight patterns: rank at most 7
-
-    class Patterns(torch.nn.Module):
-        def forward(self, x, random=None):
-            return [vectors[x]]
-
-    std, rank = data2vec.spread(Patterns(), exam, 3)
+    std, rank = data2vec.spread(lambda x: [vectors[x.long()]], x, 3)
     assert std > 0.5 and 4 < rank <= 7.001
 
 
 @both
-def test_it_runs_alone_and_its_checkpoint_loads(preset, tmp_path, monkeypatch, capsys):
-    """The command line on a tiny run: a table, a trace, and weights that give the same maps again."""
-    kept = []
-    fit = data2vec.fit
-    monkeypatch.setattr(data2vec, "fit", lambda *arguments: kept.append(fit(*arguments)) or kept[-1])
+def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
+    """The command line on a tiny run: a table, a trace, and weights that can be loaded."""
     flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target several".split()
     flags += ["--preset", preset, "--trace", str(tmp_path / "trace.csv"), "--save", str(tmp_path / "encoder.pt")]
-    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags, "--probe-strings", "100", "--test-strings", "100", "--probe-steps", "5"])
     data2vec.main()
     out = capsys.readouterr().out
     assert all(text in out for text in ("level 1", "level 2", "unseen synonyms", "MLP probe", "untrained"))
     header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
     assert header == "step,loss,target std,rank,unseen 1,unseen 2,synonyms 1,synonyms 2" and len(rows) == 2
-    x = strings()
-    assert all(torch.equal(a, b) for a, b in zip(data2vec.load(tmp_path / "encoder.pt")(x), kept[0][0](x)))
+    x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
+    model = data2vec.fit(x, 4, 2, "several", 0, preset=preset, steps=2, batch=8, width=16, hidden=16)
+    assert equal(data2vec.load(tmp_path / "encoder.pt").features(x), model.features(x))
 
 
-@both
-def test_same_seed_same_weights_and_the_global_generator_is_left_alone(preset):
-    g, before = Grammar.random(4, 2, 2, 3, 0), torch.random.get_rng_state()
-    settings = TINY[preset]
-    runs = [data2vec.fit(data2vec.batches(g, 64, seed, settings, "cpu"), 4, 2, 3, "stacked", settings, seed)[0]
-            for seed in (5, 5, 6)]
-    same = [torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[1].parameters())]
-    assert all(same)
-    assert any(not torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[2].parameters()))
-    torch.nn.Linear(2, 2)  # what the modules' own constructors draw is overwritten, so nothing depends on it
-    torch.manual_seed(99)
-    again = data2vec.fit(data2vec.batches(g, 64, 5, settings, "cpu"), 4, 2, 3, "stacked", settings, 5)[0]
-    assert all(torch.equal(a, b) for a, b in zip(runs[0].parameters(), again.parameters()))
-    torch.random.set_rng_state(before)
+def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path, monkeypatch, capsys):
+    for flags in (["--trace", "both", "--save", "./both"], ["--trace", "trace.csv", "--save", "NOWHERE/x.pt"]):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            data2vec.main()
+        assert end.value.code == 2 and capsys.readouterr().err.startswith("data2vec.py: argument --save: ")
+    assert not list(tmp_path.iterdir())
 
 
-def test_offline_repeats_p_strings_and_online_never():
-    g, settings = Grammar.random(8, 2, 4, 4, 0), TINY["tree"]._replace(steps=150, batch=16)
-    x = torch.cat(list(data2vec.batches(g, 20, 3, settings, "cpu")))
-    train = {tuple(row) for row in g.sample(20, 3)[0].tolist()}
-    assert x.shape == (2400, 16) and x.dtype == torch.int64 and {tuple(row) for row in x.tolist()} == train
-    x = torch.cat(list(data2vec.batches(g, 20, 3, settings._replace(regime="online"), "cpu")))
-    assert x.shape == (2400, 16) and len(x.unique(dim=0)) > 2390
-
-
-@pytest.mark.parametrize("target", data2vec.TARGETS)
+@every_target
 def test_recover_keeps_the_sweeps_contract(target):
-    g = Grammar.random(4, 2, 2, 3, 0)
-    accuracy, collapsed = data2vec.recover(g, 32, 0, target, steps=3, batch=8, width=16, hidden=16)
-    assert len(accuracy) == len(collapsed) == 2
-    assert all(isinstance(a, float) and 0 <= a <= 1 for a in accuracy) and all(isinstance(c, bool) for c in collapsed)
+    """Two runs at once score as each alone, with the root and the floor of an untrained encoder."""
+    grammars = drawn(2)[0]
+    small = {**TINY["tree"], "probe_strings": 100, "test_strings": 100, "probe_steps": 5}
+    scores = data2vec.recover(grammars, [32, 48], [0, 1], target, **small)
+    assert scores[1] == data2vec.recover(grammars[1:], [48], [1], target, **small)[0]
+    for score in scores:
+        assert [len(part) for part in (score.accuracy, score.collapsed, score.floor)] == [3, 3, 3]
+        assert all(isinstance(a, float) and 0 <= a <= 1 for a in score.accuracy + score.floor)
+        assert all(isinstance(c, bool) for c in score.collapsed) and score.diverged == 0
 
 
-@pytest.mark.parametrize("target", ["latent", "token"])
-def test_it_learns(target):
+def test_it_learns():
     """Level 1 of a small grammar, where an untrained encoder is near chance, in a few hundred steps."""
-    g = Grammar.random(8, 2, 3, 3, 100)
-    floor, _ = data2vec.recover(g, 1024, 100, target, steps=1)
-    accuracy, _ = data2vec.recover(g, 1024, 100, target, steps=500)
-    assert floor[0] < 0.4 and accuracy[0] > 0.6
+    g, small = Grammar.random(8, 2, 3, 3, 100), {"probe_steps": 5, "test_strings": 512}
+    for target in ("latent", "token"):
+        score = data2vec.recover([g], [1024], [100], target, steps=400, cooldown=0.25, **small)[0]
+        assert score.floor[0] < 0.4 and score.accuracy[0] > 0.6
 
-
-def test_best_of_several_maps_counts():
-    """examine on two tensors, one that knows level 1 and one of noise, is as good as the one."""
-    g = Grammar.random(8, 2, 3, 3, 0)
-    exam = Exam(g, 0, tests=512)
-    oracle, noise = data2vec.readout(Oracle(g, 1, raw=False), 2, 3), torch.Generator().manual_seed(0)
-
-    def features(x):
-        return [[torch.randn(h[0].shape, generator=noise), *h] for h in oracle(x)]
-
-    assert examine(features, exam)[0][0] == examine(oracle, exam)[0][0] == 1
 
 
 # ----------------------------------------------------------------------------------------
