@@ -1326,7 +1326,7 @@ def test_features_know_the_tree_and_a_checkpoint_gives_them_again(preset, tmp_pa
 
 @pytest.mark.parametrize("x, settings, message", [
     ([[0, 1, 2, 4]], {}, "x: symbols must lie in"),  # 4 is the number of a hidden token
-    ([[0.0, 1.0, 2.0, 3.0]], {}, "x: symbols must be whole"),
+    ([[0.0, 1.0, 2.0, 3.0]], {}, "x: must hold whole numbers"),
     ([[0, 1, 2]], {}, "x: must be"),
     ([[0, 1, 2, 3]], {"width": 12}, "width: must be a multiple of 8"),
     ([[0, 1, 2, 3]], {"mask_block": 2}, "mask-block: must be from 0 to depth-1"),
@@ -1439,7 +1439,7 @@ def test_unseen_synonym_accuracy_tells_knowing_a_level_from_looking_it_up(level)
     assert unseen[level - 1] == 1 and seen[level - 1] == 1 and not collapsed[level - 1]
     unseen, seen, _ = data2vec.unseen_synonyms(oracle(g, level, raw=True), g, 0, settings)
     assert seen[level - 1] > 0.99 and unseen[level - 1] < 0.4
-    levels = data2vec.sample_without(g, level, 0, 2048, 0, "cpu")
+    levels = g.sample(2048, 0, without=(level, 0))
     codes = tuple_codes(levels[level - 1].unflatten(1, (-1, 2)), 8).unique().tolist()
     allowed = tuple_codes(g.rules[level - 1][:, 1:].flatten(0, 1), 8).tolist()
     assert sorted(codes) == sorted(allowed) and equal(g.parse(levels[0]), levels)
