@@ -80,12 +80,12 @@ class Grammar:
         v parents, m to each. seed: a whole number or a tuple of them."""
         check_sizes(v, s, m, L)
         rng = generator("rules", seed)
-        place = v ** np.arange(s)[::-1]
+        place = v ** np.arange(s)[::-1]                     # of the digits in base v
         rules = []
         for _ in range(L):
             # in random order, so that dealing in turn is a fair split
             codes = rng.choice(v**s, size=v * m, replace=False)
-            tuples = codes[:, None] // place % v            # (v*m, s), the digits in base v
+            tuples = codes[:, None] // place % v            # (v m, s)
             rules.append(tuples.reshape(v, m, s))
         return Grammar(v, s, m, L, rules, zipf)
 
@@ -98,6 +98,7 @@ class Grammar:
         try:
             with open(file, "rb") as opened:
                 found = np.load(opened, allow_pickle=False)
+                # an .npz has its arrays by name, an .npy is one array of all levels
                 arrays = dict(found) if hasattr(found, "files") else dict(enumerate(found))
             zipf = arrays.pop("zipf", np.zeros(())).item()
             # named rules0, rules1, ... or all arrays in their order
@@ -126,17 +127,16 @@ class Grammar:
         every device, and the first P of a larger sample are the smaller one.
         Raises ValueError if P < 1 or too large, or without names no rule, or the only."""
         check_whole("samples", P, 1)
-        check_memory("samples", strings_bytes(P, self.s, self.L), "the strings")
         v, s, m, L = self.v, self.s, self.m, self.L
-        rules = [rule.numpy().copy() for rule in self.rules]
+        check_memory("samples", strings_bytes(P, s, L), "the strings")
+        rules = [rule.flatten(0, 1).numpy().copy() for rule in self.rules]  # (v m, s) each
         if without is not None:
             l, j = without
             check_whole("without: l", l, 1, L)
             check_whole("without: j", j, 0, m - 1)
             if m == 1:
                 raise ValueError("m: must be 2 or more to do without a rule")
-            rules[l - 1][:, j] = rules[l - 1][:, (j + 1) % m]
-        rules = [rule.reshape(v * m, s) for rule in rules]
+            rules[l - 1][j::m] = rules[l - 1][(j + 1) % m :: m]
         rng = generator("strings", seed)
         pick = self._picker(rng)
         byte = np.min_scalar_type(v * m - 1).type           # the narrowest for v m rules
@@ -150,8 +150,8 @@ class Grammar:
             # from the root down, every symbol picks one of its rules
             part[L][:] = rng.integers(v, size=(chunk, 1), dtype=np.uint8)
             for l in reversed(range(L)):
-                rule = part[l + 1] * byte(m) + pick(part[l + 1].shape)
-                children = part[l].reshape(*rule.shape, s)
+                rule = part[l + 1] * byte(m) + pick(part[l + 1].shape)  # 0..v m - 1
+                children = part[l].reshape(*rule.shape, s)              # (chunk, n, s)
                 # clip: take writes straight into children if it need not check
                 rules[l].take(rule, axis=0, out=children, mode="clip")
         return [torch.from_numpy(level[:P]).to(device) for level in levels]
@@ -160,18 +160,19 @@ class Grammar:
         """A function from a shape to the rules 0..m-1 that so many symbols pick."""
         m, k = self.m, 1
         byte = np.min_scalar_type(self.v * m - 1)
-        if self.zipf:  # where a number from 0 to 1 falls among the summed chances
+        # unequal chances: see where a number from 0 to 1 falls among their sums
+        if self.zipf:
             steps = self.p.cumsum(0)[:-1].numpy()
             return lambda shape: np.searchsorted(steps, rng.random(shape), "right").astype(byte)
         # random numbers are the slow part: one below m^k holds k picks, its digits
         while m ** (2 * k) <= 2**14 and k < 8:
             k *= 2
         digits = np.stack(np.unravel_index(np.arange(m**k), (m,) * k), 1).astype(byte)
-        several = np.min_scalar_type(m**k - 1)
 
         def pick(shape):
-            size = math.prod(shape)
-            drawn = rng.integers(m**k, size=math.ceil(size / k), dtype=several)
+            size, narrow = math.prod(shape), np.min_scalar_type(m**k - 1)
+            drawn = rng.integers(m**k, size=math.ceil(size / k), dtype=narrow)
+            # more than are needed, if k does not divide their number
             return digits.take(drawn, axis=0).reshape(-1)[:size].reshape(shape)
 
         return pick
@@ -189,11 +190,12 @@ class Grammar:
             tuples = levels[l].unflatten(1, (-1, self.s))               # (P, n, s)
             code = tuple_codes(tuples, self.v)
             place = torch.searchsorted(codes, code).clamp(max=len(codes) - 1)
-            wrong = (codes[place] != code).nonzero()
+            wrong = (codes[place] != code).nonzero()        # rows of (string, tuple)
             if len(wrong):
                 p, t = wrong[0].tolist()
                 where = f"string {p}, level {l}, position {t * self.s}"
                 raise ValueError(f"x: {where}: no rule gives {tuples[p, t].tolist()}")
+            # rules stand in the order of their parents, m to each
             levels.append((order[place] // self.m).to(torch.uint8))
         return levels
 
@@ -202,7 +204,7 @@ class Grammar:
         x = whole_numbers("x", x)
         if x.ndim != 2 or x.shape[1] != self.s**self.L:
             raise ValueError(f"x: the shape must be (P, s^L) = (P, {self.s**self.L})")
-        # the largest is named, not v: 256 would wrap to 0 in uint8
+        # compared with v - 1, since v = 256 would be 0 in uint8
         wrong = ((x < 0) | (x > self.v - 1)).nonzero()
         if len(wrong):
             p, t = wrong[0].tolist()
@@ -230,22 +232,22 @@ class Grammar:
         swapped = [level.cpu().numpy().copy() for level in levels]
 
         # the tuple that stands there now, as a number below v m
-        node = rng.integers(s ** (self.L - l), size=P)
+        node = rng.integers(s ** (self.L - l), size=P)      # (P,)
         tuples = rules[l - 1].reshape(-1, s)                # (v m, s)
         there = swapped[l - 1].reshape(P, -1, s)[each, node]
         old = (there[:, None] == tuples).all(2).argmax(1)   # (P,)
 
-        # another one in its place
+        # another one in its place: of the m with the same parent, or of all v m
         p = self.p.numpy()
         if kind == "synonym":
             new = old // m * m + draw_other(rng, p, old % m)
         else:
             new = draw_other(rng, np.tile(p / self.v, self.v), old)
-        swapped[l][each, node] = new // m
+        swapped[l][each, node] = new // m                   # its parent
 
         # and all below it, drawn afresh
         pick = self._picker(rng)
-        h = tuples[new]                                     # (P, s)
+        h = tuples[new]                                     # (P, s^(l-k)) on level k
         for k in reversed(range(l)):
             swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
             if k > 0:
@@ -291,7 +293,7 @@ class Grammar:
         element of a cousin; 0, a token under a cousin; L with n = 0, the root label.
         Raises ValueError if the target lies within the tuple itself."""
         s = self.s
-        # climb to the lowest common ancestor, on level c
+        # climb to the lowest common ancestor, on level c, and see what it is
         c = max(l + 1, target_level)
         while t // s ** (c - l - 1) != n // s ** (c - target_level):
             c += 1
@@ -305,6 +307,7 @@ class Grammar:
             j = n // s ** (c - 1 - target_level) % s
             up, down = self.descend(c - 1, l + 1, t), self.descend(c - 1, target_level, n)
             joint = up.T @ self.siblings(c, i, j, p) @ down
+        # the clamp keeps the rows of impossible parents at 0
         return joint / joint.sum(1, keepdim=True).clamp(min=1e-300)
 
     def separation(self, l):
@@ -314,6 +317,7 @@ class Grammar:
         and no number of samples separates them by this tuple position."""
         contexts = [self.context(l, 0, l, n) for n in range(self.s, self.s**2)]
         distance = torch.pdist(torch.cat(contexts, 1)).min() / len(contexts) ** 0.5
+        # f = 1 would leave a unit of 0
         return distance.item() * self.m / ((1 - self.f) or 1) ** 0.5
 
     def contrast(self):
@@ -328,9 +332,9 @@ class Grammar:
         I = torch.eye(v, dtype=torch.float64)
         found = {"latent": [], "token": [], "root": [], "joint": []}
 
-        # from the root down: what a symbol is, over all nodes of a level, and the joint
-        # chances of root and symbol node by node, as they are not equally far apart
-        mean, below = {L: I.mean(0)}, I[None] / v           # below: (n, v, v)
+        # from the root down: what a symbol is, over all nodes of a level; and for target
+        # root node by node, since nodes are not equally far from it
+        mean, below = {L: I.mean(0)}, I[None] / v           # (n, v, v), root and symbol
         for l in reversed(range(1, L)):
             mean[l] = mean[l + 1] @ W[l].mean(0)
             below = (below[:, None] @ W[l]).flatten(0, 1)
@@ -371,7 +375,7 @@ class Grammar:
         # up: how likely the tokens beneath a node are, given its symbol, up to a factor
         token = F.one_hot(x.long(), v).double()
         token = torch.where(visible.expand(x.shape)[:, :, None], token, 1.0)
-        levels, evidence = [token.requires_grad_()], 0.0    # (P, s^L, v)
+        levels, log_evidence = [token.requires_grad_()], 0.0    # (P, s^L, v)
         for l in range(L):
             children = levels[l].unflatten(1, (-1, s))      # (P, n, s, v)
             rule = 1.0                                      # (P, n, v m)
@@ -379,17 +383,18 @@ class Grammar:
                 symbol = self.rules[l][:, :, k].flatten().long()
                 rule = rule * children[:, :, k].index_select(2, symbol)
             likely = rule.unflatten(2, (v, m)) @ self.p     # (P, n, v)
-            total = likely.sum(2, keepdim=True)
+            total = likely.sum(2, keepdim=True)             # taken out, against underflow
             if (total == 0).any():
                 p = int((total == 0).nonzero()[0, 0])
                 raise ValueError(f"x: string {p} has no derivation with its visible tokens")
             levels.append(likely / total)
-            evidence = evidence + total.log().sum()
-        evidence = evidence + levels[L].mean(2).log().sum() # the root is uniform
+            log_evidence = log_evidence + total.log().sum()
+        # the root is uniform
+        log_evidence = log_evidence + levels[L].mean(2).log().sum()
 
-        # down: the evidence is linear in every likely, so a symbol's share in it, which is
-        # its posterior, is likely * d log(evidence) / d likely
-        slopes = torch.autograd.grad(evidence, levels)
+        # down: the evidence is linear in what each node says of its symbols, so a symbol's
+        # share of it, its posterior, is likely * d log(evidence) / d likely
+        slopes = torch.autograd.grad(log_evidence, levels)
         return [(likely * slope).detach() for likely, slope in zip(levels, slopes)]
 
 
@@ -409,13 +414,13 @@ def spread(joint, inner):
 def draw_other(rng, weight, old):
     """Draw one index for every entry of old, in proportion to weight, but never that one."""
     ends = weight.cumsum()
-    starts = ends - weight
-    # a number on the line of all weights, from which the piece of old is cut out
+    # a place on the line of all weights, which jumps over the piece of old
     u = rng.random(len(old)) * (ends[-1] - weight[old])
-    u = np.where(u < starts[old], u, np.maximum(u + weight[old], ends[old]))
-    drawn = np.searchsorted(ends, u, side="right")
-    # rounding may lead past the last index
-    return np.minimum(drawn, np.where(old == len(weight) - 1, old - 1, len(weight) - 1))
+    u = np.where(u < (ends - weight)[old], u, np.maximum(u + weight[old], ends[old]))
+    # rounding may lead past the last piece that is allowed
+    last = len(weight) - 1
+    last = np.where(old == last, last - 1, last)
+    return np.minimum(np.searchsorted(ends, u, side="right"), last)
 
 
 def generator(stream, seed):
@@ -424,6 +429,7 @@ def generator(stream, seed):
     seed = seed if isinstance(seed, tuple) else (seed,)
     for part in seed:
         check_whole("seed", part, 0)
+    # its length too, or (1,) and (1, 0) would be one seed
     name = int.from_bytes(stream.encode()[:4], "little")
     return np.random.default_rng([name, len(seed), *map(int, seed)])
 
@@ -526,6 +532,7 @@ def linear_probe(features, labels, v):
 
 def check_whole(name, value, low, high=2**31 - 1):
     """Raise ValueError, naming the argument, unless value is a whole number in range."""
+    # numpy's whole numbers are Integral too, and unfortunately True is
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not integral or not low <= value <= high:
         raise ValueError(f"{name}: must be a whole number from {low} to {high}")
@@ -540,7 +547,7 @@ def whole_numbers(name, x, v=None):
         raise ValueError(f"{name}: must hold whole numbers, in rows of one length") from None
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f"{name}: must hold whole numbers, not {x.dtype}")
-    if v and x.numel():
+    if v is not None and x.numel() > 0:
         low, high = int(x.min()), int(x.max())
         if low < 0 or high >= v:
             raise ValueError(f"{name}: must hold symbols 0..{v - 1}, not {low}..{high}")
@@ -552,7 +559,7 @@ def check_sizes(v, s, m=1, L=2):
     stored: a symbol in a byte, a tuple in 63 bits, a string of at most 2^24 tokens."""
     check_whole("v", v, 2, 256)
     check_whole("s", s, 2, 62)
-    if v**s >= 2**63:
+    if v**s >= 2**63:                       # a tuple's code is an int64
         raise ValueError(f"s: must be 2 or more with v^s below 2^63, not {s} for v = {v}")
     check_whole("m", m, 1, v ** (s - 1))
     check_whole("depth", L, 2, int(24 / math.log2(s) + 1e-9))
@@ -569,7 +576,7 @@ def as_strings(x, v, s):
     of s from s^2 on, and every entry is a symbol."""
     check_sizes(v, s)
     x = whole_numbers("x", x, v)
-    length = x.shape[1] if x.ndim == 2 and len(x) else 0
+    length = x.shape[1] if x.ndim == 2 and len(x) else 0    # 0: refused below
     L = round(math.log(max(length, 1), s))
     if L < 2 or length != s**L:
         raise ValueError(f"x: must be (P, {s}^L), P >= 1, L >= 2, not {tuple(x.shape)}")
@@ -641,7 +648,8 @@ def add_settings(parser, table, presets):
         flag = "--" + row.name.replace("_", "-")
         paper = "" if row.paper is None else f"; the paper: {row.paper}"
         text = f"{row.help} (default {row.default}{paper})"
-        bare = {"nargs": "?", "const": True} if row.kind is switch else {}  # --flag is true
+        # a switch without a value is true
+        bare = {"nargs": "?", "const": True} if row.kind is switch else {}
         parser.add_argument(flag, type=row.kind, help=text, **bare)
 
 
@@ -718,11 +726,11 @@ def write_whole(path, write):
     path = os.path.realpath(path)  # what a link points to is replaced, not the link
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a file", path)
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.{os.getpid()}.part"     # of this process alone
     try:
         with open(part, "wb") as file:
             write(file)
-        os.replace(part, path)
+        os.replace(part, path)              # at once, or not at all
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -790,7 +798,7 @@ def run_script(main):
         # Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except OSError as error:
+    except OSError as error:  # a full disk among them
         code, line = 1, f"{error.filename or 'output'}: {error.strerror or error}"
     except (MemoryError, torch.OutOfMemoryError):
         code, line = 1, "out of memory; fewer or shorter strings need less"
@@ -809,7 +817,7 @@ def show(grammar, levels):
             tuples = " | ".join(" ".join(map(str, rule)) for rule in rules)
             print(f"level {l + 1} -> {l}   {a:3} -> {tuples}")
         print()
-    if levels[0].shape[1] <= 81:
+    if levels[0].shape[1] <= 81:  # a tree that fits a wide screen
         print(draw_tree(levels, grammar.s))
     else:
         print("one string:", *levels[0][0, :81].tolist(), "...")
@@ -866,11 +874,12 @@ def show_contrast(grammars, path):
     print(f"{g}, {len(grammars)} of them")
     print("how far apart parents' contexts are, and P where sqrt(v m / P) is as large\n")
     print("level" + "".join(f"{target:>18}" for target in found[0]))
-    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P"]
+    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P"]  # of the CSV file
     sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
     for level in range(1, g.L):
         cells = ""
         for target in found[0]:
+            # parents on this level are the parents of tuples one level below
             squares = [one[target][level - 1] ** 2 for one in found]
             contrast = math.sqrt(sum(squares) / len(squares))
             P = g.v * g.m / contrast**2 if contrast else math.inf
@@ -903,6 +912,7 @@ def main():
     add("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
     add("--csv", metavar="FILE", type=new_file, help="with --contrast: write it to a file")
     args = parser.parse_args()
+    # a flag that would change nothing is refused
     for flag in ("seeds", "csv"):
         if getattr(args, flag) is not None and not args.contrast:
             parser.error(f"argument --{flag}: only goes with --contrast")
