@@ -45,7 +45,7 @@ SETTINGS = (
     Setting("epochs", whole(1), 200, 30, "passes over the P strings, at most"),
     Setting("batch", whole(0), 0, 32, "strings a step; 0 is 8 v, as 1/v of its pairs are synonyms"),
     Setting("lr", real(0, 1), 5e-3, 3e-3, "learning rate of AdamW"),
-    Setting("schedule", choice("linear", "constant"), "linear", "constant", "lr falls to 0 or stays"),
+    Setting("schedule", choice("linear", "constant"), "linear", "constant", "lr falls to 0, or not"),
     Setting("decay", real(0, 10), 1e-3, 1e-3, "weight decay of AdamW"),
     Setting("hidden", whole(1), 64, 150, "width of the hidden layers"),
     Setting("codes", whole(0, 4096), 0, 128, "d_h, clusters of a module, v or more; 0 is 5 v / 4"),
@@ -128,10 +128,7 @@ class Module(nn.Module):
         )
         # phi differs little from one tuple to another
         self.norm = BatchNorm(R, width)
-        self.cluster = nn.Sequential(
-            Linear(R, width, hidden), nn.GELU(),
-            Linear(R, hidden, d),
-        )
+        self.cluster = nn.Sequential(Linear(R, width, hidden), nn.GELU(), Linear(R, hidden, d))
 
     def forward(self, codes, local=False):
         """codes: (R, B, n, d) -> log phi (R, N, *heads, d) of all N = B n/s tuples, and the
@@ -228,8 +225,8 @@ def goal(target, codes, l, s, elements):
 
 
 def prediction_loss(log_phi, aim, s):
-    """(cross-entropy to what the cousins are known by, in nats; the share found of what can be
-    known, without gradient), (R,) both: means over tuples, cousins and elements.
+    """(loss, gain), (R,) both: the mean cross-entropy to what the cousins are known by, in nats,
+    and the share of what can be known about them that phi knows, without gradient.
 
     log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N."""
     R, N, I, C, E, d = log_phi.shape
@@ -242,7 +239,7 @@ def prediction_loss(log_phi, aim, s):
     own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
     loss = -(seen * own).flatten(1).sum(1) / seen.shape[1:-1].numel()
 
-    # it falls from the marginal entropy, if phi knows nothing, to the conditional one
+    # the loss falls from the marginal entropy, if phi knows nothing, to the conditional one
     with torch.no_grad():
         marginal = entropy(seen.mean(1)).flatten(1).mean(1)
         conditional = entropy(seen).flatten(1).mean(1)
@@ -271,17 +268,16 @@ def grouping(phi, v, noise):
     # greedy k-means++: of a few tuples, drawn in proportion to their distance from the nearest
     # seed, the one that leaves the least distance is the next seed
     near = torch.full((K, STARTS, n), 1e9, device=x.device)
-    row = torch.arange(K, device=x.device)[:, None, None]
+    k = torch.arange(K, device=x.device)[:, None]
     seeds = []
     for draw in noise.unbind(1):
         upto = near.cumsum(-1)                             # (K, STARTS, n)
         trials = torch.searchsorted(upto, draw * upto[..., -1:]).clamp(max=n - 1)
-        left = torch.minimum(near[:, :, None], distance[row, trials])   # (K, STARTS, TRIALS, n)
-        best = left.sum(-1).argmin(-1, keepdim=True)       # (K, STARTS, 1)
-        seeds.append(trials.gather(-1, best))
-        near = left.take_along_dim(best[..., None], 2)[:, :, 0]         # (K, STARTS, n)
-    seeds = torch.cat(seeds, -1).view(K, -1, 1)            # (K, STARTS v, 1)
-    parents = x.take_along_dim(seeds, 1)                   # (K, STARTS v, D)
+        left = torch.minimum(near[:, :, None], distance[k[..., None], trials]).sum(-1)
+        best = left.argmin(-1, keepdim=True)               # (K, STARTS, 1)
+        seeds.append(trials.gather(-1, best)[..., 0])
+        near = torch.minimum(near, distance[k, seeds[-1]])
+    parents = x[k, torch.stack(seeds, -1).flatten(1)]      # (K, STARTS v, D)
 
     # then k-means: the likeliest parent of each tuple, the mean tuple of each parent
     for _ in range(ROUNDS):
@@ -291,13 +287,13 @@ def grouping(phi, v, noise):
         parents = member @ x / member.sum(-1, keepdim=True).clamp(min=1)
     likelihood = (parents.log() @ x.mT).view(K, STARTS, v, n)
     best = likelihood.amax(2).sum(-1).argmax(-1)           # (K,) the best start
-    return likelihood[row.flatten(), best].argmax(1)       # (K, n)
+    return likelihood[k[:, 0], best].argmax(1)             # (K, n)
 
 
 def similar(phi, threshold, centred):
     """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is above
-    the threshold. centred: of phi minus its mean over the batch, as every phi is near the mean,
-    and codes collapse where all pairs are alike; see assets/RESULTS.md."""
+    the threshold. Every phi is near the mean over the batch, so that all pairs may be alike and
+    the codes collapse. centred: phi minus that mean; see assets/RESULTS.md."""
     if centred:
         phi = phi - phi.mean(-2, keepdim=True)
     unit = F.normalize(phi, dim=-1)
@@ -315,8 +311,8 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     overlap = codes @ codes.mT                             # (..., n, n)
     alike = alike.float()                                  # torch.where would be slow
 
-    # c_i.c_j is the chance that the symbols of two tuples are the same; chance is that of what
-    # they should be, the same or different, and never 0
+    # overlap: two symbols drawn from the codes are the same. chance: they are what they should
+    # be, the same or different; it is never 0
     chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
@@ -326,34 +322,34 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     return loss
 
 
-def losses(student, wanted, draw, v, target, options):
+def losses(student, wanted, draw, options):
     """(prediction, clustering), (R, L-1) each: the losses of every run and module.
 
     wanted: the teacher's codes of the same strings; draw: what draws gives for a step."""
     strings, chosen, noise = draw
+    s, run = student.sizes["s"], torch.arange(len(strings), device=strings.device)[:, None]
     log_phi, codes = student(strings, options.detach)
     prediction, gain, phi, items = [], [], [], []
     for l, guess in enumerate(log_phi):
-        aim = goal(target, wanted, l, student.sizes["s"], options.elements)
-        loss, found = prediction_loss(guess, aim, student.sizes["s"])
+        aim = goal(options.target, wanted, l, s, options.elements)
+        loss, known = prediction_loss(guess, aim, s)
         prediction.append(loss)
-        gain.append(found)
+        gain.append(known)
 
         # a few tuples of each string are enough for the clustering loss
-        few = chosen[:, l, :, None]                                    # (R, n, 1)
-        some = guess.detach().flatten(2).take_along_dim(few, 1).exp()  # (R, n, heads d)
-        if target == "joint":
+        some = guess.detach().flatten(2)[run, chosen[:, l]].exp()      # (R, n, heads d)
+        if options.target == "joint":
             # a cousin's parent tells more than its elements: they weigh as much together
             elements = some.unflatten(-1, guess.shape[2:])[..., :-1, :]
             elements /= elements.shape[-2]
         phi.append(some)
-        items.append(codes[l + 1].flatten(1, 2).take_along_dim(few, 1))    # (R, n, d)
+        items.append(codes[l + 1].flatten(1, 2)[run, chosen[:, l]])    # (R, n, d)
 
     # raw tokens are more the higher the module: zeros fill up what the lower ones lack
     widest = phi[-1].shape[-1]
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
     if options.alike == "groups":
-        group = grouping(phi.flatten(0, 1), v, noise.flatten(0, 1))
+        group = grouping(phi.flatten(0, 1), options.v, noise.flatten(0, 1))
         group = group.view(phi.shape[:3])                              # (R, L-1, n)
         alike = group[..., None] == group[..., None, :]
     else:
@@ -392,15 +388,15 @@ def draws(xs, s, L, batch, v, generators):
         yield from zip(*(torch.stack(part, 1) for part in zip(*block)))
 
 
-def train(xs, v, s, L, target, seeds, steps, options, watch=None):
+def train(xs, s, L, seeds, steps, options, watch=None):
     """The training loop, for R runs of equally many steps. Returns R Predictors."""
     # every run has its own generator, for its weights and then for its batches
-    R, device = len(xs), xs[0].device
+    R, v, target = len(xs), options.v, options.target
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     heads = heads_of(target, options.elements, s, L)
     student = Network(R, s, options.codes, options.hidden, heads)
     student.draw(generators)
-    student.to(device)
+    student.to(xs[0].device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     weights = list(student.parameters())
     # not fused: that one rounds the last few weights of a tensor in another way
@@ -417,7 +413,7 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
         # the teacher reads the same strings, and nothing flows back into it
         with torch.no_grad():
             wanted = teacher(draw[0], top=top)[1]
-        prediction, clustering = losses(student, wanted, draw, v, target, options)
+        prediction, clustering = losses(student, wanted, draw, options)
         parts = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
         loss = parts.sum(1)                                # (R,) one loss for every run
 
@@ -479,7 +475,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
     learned = {}
     for (steps, _), runs in together.items():
         x, seed = [xs[r] for r in runs], [seeds[r] for r in runs]
-        trained = train(x, v, s, depths[0], target, seed, steps, options, watch)
+        trained = train(x, s, depths[0], seed, steps, options, watch)
         learned.update(zip(runs, trained))
     return [learned[r] for r in range(len(xs))]
 
@@ -494,8 +490,9 @@ def fit(x, v, s, target="latent", seed=0, watch=None, **settings):
 
 
 def read_options(v, target, settings):
-    """All settings as attributes of one object. Raises ValueError, naming the setting."""
+    """v, target and all settings in one object. Raises ValueError, naming the setting."""
     options = read_settings(SETTINGS, PRESETS, settings)
+    options.v, options.target = v, target
     options.batch = options.batch or 8 * v
     options.codes = options.codes or 5 * v // 4
     if target not in TARGETS:
@@ -528,10 +525,12 @@ def check_size(v, s, m, L, P, target="latent", **settings):
 
 
 class Predictor:
-    """What one run has learned. diverged: the step whose loss was not finite, 0 if all were."""
+    """What one run has learned: a Network of one run, and v. It only reads, and learns no more.
+
+    diverged: the step whose loss was not finite, 0 if all were."""
 
     def __init__(self, network, v, target, diverged=0):
-        self.network, self.v, self.target, self.diverged = network, v, target, diverged
+        self.network, self.v, self.target, self.diverged = network.eval(), v, target, diverged
         self.s, self.L = network.sizes["s"], len(network.layers) + 1
 
     def __repr__(self):
@@ -546,10 +545,8 @@ class Predictor:
         if L != self.L:
             raise ValueError(f"x: must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
         x = x.to(next(self.network.parameters()).device)
-        training = self.network.training
-        self.network.eval()
-        parts = [self.network(some[None])[1][1:] for some in x.split(CHUNK_TOKENS // self.s**L + 1)]
-        self.network.train(training)
+        chunks = x.split(CHUNK_TOKENS // self.s**L + 1)
+        parts = [self.network(some[None])[1][1:] for some in chunks]
         return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
@@ -658,7 +655,7 @@ def main():
             bar.update()
             if step % max(1, steps // 80) and step != steps:
                 return
-            labels = Predictor(network, v, args.target).label(truth[0][:256])
+            labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
             right = [accuracy(labels[l], truth[l][:256], v) for l in range(1, L)]
             pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(right, prediction[0].tolist())]
             print(step, *pairs, sep=",", file=trace, flush=True)

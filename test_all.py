@@ -787,7 +787,7 @@ def small_losses(g, student, teacher, target="latent", **settings):
     options = predictor.read_options(g.v, target, {"gate": 0.0} | settings)
     draw = small_draw(g)
     wanted = [h.detach() for h in teacher(draw[0])[1]]
-    parts = predictor.losses(student, wanted, draw, g.v, target, options)
+    parts = predictor.losses(student, wanted, draw, options)
     return [*parts[0][0], *parts[1][0]]
 
 
