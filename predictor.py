@@ -45,7 +45,7 @@ SETTINGS = (
     Setting("epochs", whole(1), 200, 30, "passes over the P strings, at most"),
     Setting("batch", whole(0), 0, 32, "strings a step; 0 is 8 v, as 1/v of its pairs are synonyms"),
     Setting("lr", real(0, 1), 5e-3, 3e-3, "learning rate of AdamW"),
-    Setting("schedule", choice("linear", "constant"), "linear", "constant", "lr falls to 0, or not"),
+    Setting("schedule", choice("linear", "constant"), "linear", "constant", "lr to 0, or constant"),
     Setting("decay", real(0, 10), 1e-3, 1e-3, "weight decay of AdamW"),
     Setting("hidden", whole(1), 64, 150, "width of the hidden layers"),
     Setting("codes", whole(0, 4096), 0, 128, "d_h, clusters of a module, v or more; 0 is 5 v / 4"),
@@ -670,10 +670,10 @@ def main():
         learned.save(args.save)
 
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
-    print(f"{learned}\n\nlevel   accuracy   symbols in use")
+    print(f"{learned}\n\nlevel   accuracy   symbols in use (of {v})")
     for l, (right, in_use) in enumerate(zip(*score(learned, levels, truth)), 1):
-        mark = "   by a linear probe of the final code" if l == L else ""
-        print(f"{l:5}   {right:8.3f}   {in_use:14}{mark}")
+        mark = "   by a linear probe of the code" if l == L else ""
+        print(f"{l:5}   {right:8.3f}   {in_use:22}{mark}")
 
 
 if __name__ == "__main__":
