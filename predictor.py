@@ -17,20 +17,15 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
   clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi
               are pulled to one code, and tuples with unlike phi are pushed apart.
 
-Labels are used in the scores alone. The paper's exact losses are not public: what we chose is
-said where it is done. Every weight has a leading dimension R: R runs train side by side, and on
-one CPU thread a run's result is the same to the byte whichever runs stand beside it (where the
-widths and the batch are multiples of 16, as all defaults of v=8 are).
-
-P* is about v m^3 at every depth: the tables are in README and assets.
+The paper's exact losses are not public: what we chose is said where it is done. R runs train
+side by side, and on one CPU thread a run is the same to the byte whichever runs stand beside it
+(where widths and batch are multiples of 16, as at v=8). Tables are in README and assets.
 """
 
 import copy
 import importlib.util
 import math
 import os
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +34,8 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings, as_strings,
-    check_memory, choice, cousins, given_settings, grammar_from_flags, linear_probe, paper_preset,
-    pick_device, read_settings, real, run_script, whole,
+    check_memory, choice, cousins, given_settings, grammar_from_flags, linear_probe, new_file,
+    paper_preset, pick_device, read_settings, real, run_script, strings_bytes, whole,
 )
 
 TARGETS = ("latent", "token", "joint")
@@ -50,27 +45,23 @@ SETTINGS = (
     Setting("epochs", whole(1), 200, 30, "passes over the P strings, at most"),
     Setting("batch", whole(0), 0, 32, "strings a step; 0 is 8 v, as 1/v of its pairs are synonyms"),
     Setting("lr", real(0, 1), 5e-3, 3e-3, "learning rate of AdamW"),
-    Setting("schedule", choice("linear", "constant"), "linear", "constant",
-            "linear: the learning rate falls to 0"),
+    Setting("schedule", choice("linear", "constant"), "linear", "constant", "lr to 0, or constant"),
     Setting("decay", real(0, 10), 1e-3, 1e-3, "weight decay of AdamW"),
     Setting("hidden", whole(1), 64, 150, "width of the hidden layers"),
     Setting("codes", whole(0, 4096), 0, 128, "d_h, clusters of a module, v or more; 0 is 5 v / 4"),
-    Setting("ema", real(0, 1), 0.985, 0.985,
-            "what the teacher keeps of itself in a step; 0: no teacher, the student's own codes"),
+    Setting("ema", real(0, 1), 0.985, 0.985, "what the teacher keeps of itself; 0: no teacher"),
     Setting("detach", choice("none", "layers", "layers+clusterer"), "none", "none",
-            "stop the gradient between modules, and from each clusterer to its predictor"),
+            "where no gradient flows: between modules, and from a clusterer to its predictor"),
     Setting("combine", choice("sum", "upgrad"), "sum", "upgrad",
             "the losses: their sum, or Jacobian descent, which needs the package torchjd"),
     Setting("elements", choice("all", "one"), "all", "all",
-            "one: a single element of a single cousin is predicted, from one position (fig. 8)"),
+            "one: a single element of a single cousin is predicted, from one position"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
             "tuples with one code: of one k-means group, or of like phi (centred: minus its mean)"),
     Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity of alike tuples"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
-    Setting("gate", real(0, 1), 0.1, 0.0,
-            "share of the target's information that a predictor must have found before its "
-            "clusterer learns at full rate; 0: no gate"),
+    Setting("gate", real(0, 1), 0.1, 0.0, "gain at which a clusterer learns fully; 0: no gate"),
 )
 # upgrad needs a package that is not among our requirements, so it has to be asked for by name
 PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
@@ -122,9 +113,9 @@ class BatchNorm(nn.Module):
 
 
 class Module(nn.Module):
-    """A predictor and a clusterer. heads: (own positions, cousins, elements) that are predicted.
+    """A predictor and a clusterer. heads: (own positions, cousins, elements) it predicts.
 
-    The paper's convolutions of kernel and stride s, and then of kernel 1, are linear per tuple."""
+    The paper's convolutions of kernel and stride s, then of kernel 1, are linear per tuple."""
 
     def __init__(self, R, s, d, hidden, heads):
         super().__init__()
@@ -137,20 +128,16 @@ class Module(nn.Module):
         )
         # phi differs little from one tuple to another
         self.norm = BatchNorm(R, width)
-        self.cluster = nn.Sequential(
-            Linear(R, width, hidden), nn.GELU(),
-            Linear(R, hidden, d),
-        )
+        self.cluster = nn.Sequential(Linear(R, width, hidden), nn.GELU(), Linear(R, hidden, d))
 
     def forward(self, codes, local=False):
-        """codes: (R, B, n, d) -> log phi (R, N, *heads, d) of all N = B n/s tuples in order, and
-        the codes of the level above, (R, B, n/s, d). local: the clusterer does not teach phi."""
+        """codes: (R, B, n, d) -> log phi (R, N, *heads, d) of all N = B n/s tuples, and the
+        codes of the level above, (R, B, n/s, d). local: the clusterer does not teach phi."""
         R, B, n, d = codes.shape
         tuples = codes.reshape(R, -1, self.s * d)              # (R, N, s d)
         logits = self.predict(tuples)                          # (R, N, heads d)
         log_phi = logits.unflatten(-1, (*self.heads, d)).log_softmax(-1)
         phi = log_phi.exp().flatten(2)                         # (R, N, heads d)
-        # the paper's "stop-gradient from clusterer to predictor"
         if local:
             phi = phi.detach()
         above = self.cluster(self.norm(phi)).softmax(-1)       # (R, N, d)
@@ -172,10 +159,8 @@ class Network(nn.Module):
     def forward(self, x, detach="none", top=None):
         """x: (R, B, s^L) strings -> ([log phi of module l], [codes of level l]), l from 0 on.
 
-        The codes of a level are (R, B, s^(L-l), d), those of level 0 the tokens. top: the last
-        level wanted, L-1 if None."""
-        codes = [F.one_hot(x.long(), self.sizes["d"]).float()]
-        log_phi = []
+        Codes are (R, B, s^(L-l), d), those of level 0 the tokens. top: the last level wanted."""
+        codes, log_phi = [F.one_hot(x.long(), self.sizes["d"]).float()], []
         for module in self.layers[:top]:
             below = codes[-1] if detach == "none" else codes[-1].detach()
             prediction, above = module(below, detach == "layers+clusterer")
@@ -207,12 +192,12 @@ def heads_of(target, elements, s, L):
     """For every module: (own positions, cousins, symbols known of a cousin) that it predicts."""
     heads = []
     for l in range(L - 1):
-        symbols = s ** (l + 1) if target == "token" else s
         own, others = s, s - 1
+        symbols = s ** (l + 1) if target == "token" else s
         if elements == "one":
-            own, others, symbols = 1, 1, 1
+            own = others = symbols = 1
         if target == "joint":
-            symbols += 1                                # the cousin's own
+            symbols += 1                                   # the cousin's own
         heads.append((own, others, symbols))
     return heads
 
@@ -228,7 +213,7 @@ def goal(target, codes, l, s, elements):
     n = codes[0].shape[2] // s ** (l + 1)
 
     def below(h):
-        symbols = h.unflatten(2, (n, -1))               # (R, B, n, symbols under a tuple, d)
+        symbols = h.unflatten(2, (n, -1))                  # (R, B, n, symbols under a tuple, d)
         return symbols if elements == "all" else symbols[..., :1, :]
 
     if target == "latent":
@@ -240,23 +225,19 @@ def goal(target, codes, l, s, elements):
 
 
 def prediction_loss(log_phi, aim, s):
-    """Cross-entropy to what the cousins are known by. A tuple uses the heads for its own child
-    position alone.
+    """(loss, gain), (R,) both: the mean cross-entropy to what the cousins are known by, in nats,
+    and the share of what can be known about them that phi knows, without gradient.
 
-    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N.
-    Returns (loss, gain), (R,) both: the mean over tuples, cousins and elements in nats; and,
-    without gradient, the share of what can be known about the aim that is known already."""
+    log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N."""
     R, N, I, C, E, d = log_phi.shape
-    # what a tuple's cousins are known by
-    families = aim.reshape(R, N // s, s, E, d)            # the s tuples under one grandparent
-    others = cousins(s, aim.device)[:I, :C]               # (I, C)
+    families = aim.reshape(R, N // s, s, E, d)             # the s tuples under one grandparent
+    others = cousins(s, aim.device)[:I, :C]                # (I, C)
     seen = families[:, :, others]                          # (R, N/s, I, C, E, d)
 
-    # of the heads for all positions, those for the tuple's own
+    # of the heads for all positions, a tuple uses those for its own
     log_phi = log_phi.view(R, N // s, s, I, C, E, d)
     own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
-    terms = seen.shape[1:-1].numel()
-    loss = -(seen * own).flatten(1).sum(1) / terms         # (R,)
+    loss = -(seen * own).flatten(1).sum(1) / seen.shape[1:-1].numel()
 
     # the loss falls from the marginal entropy, if phi knows nothing, to the conditional one
     with torch.no_grad():
@@ -272,14 +253,13 @@ def entropy(p):
 
 
 def grouping(phi, v, noise):
-    """Which tuples should have one code: the likeliest way found to share them among v parents.
+    """Which tuples should have one code: (K, n) int64, groups 0..v-1, by k-means with v means.
 
     phi: (K, n, D), every tuple's distributions in a row, for K modules and runs side by side;
-    noise: (K, v, STARTS, TRIALS) uniform numbers. Returns (K, n) int64, groups 0..v-1.
-    It is k-means, where a tuple is as far from a parent as KL(phi | mean phi of the parent's
-    tuples); of several starts the best. How far parents are apart depends on v, m, s and on how
-    well phi is known, so no threshold fits all, and a partition needs none."""
-    n = phi.shape[1]
+    noise: (K, v, STARTS, TRIALS) uniform numbers. The distance is KL(phi | mean of the group).
+    How far parents are apart depends on v, m, s and on how well phi is known, so no threshold
+    fits all, and a partition needs none."""
+    K, n, _ = phi.shape
     x = phi + 1e-3                                         # no symbol is impossible
     log = x.log()
     own = (x * log).sum(-1)                                # (K, n)
@@ -287,37 +267,33 @@ def grouping(phi, v, noise):
 
     # greedy k-means++: of a few tuples, drawn in proportion to their distance from the nearest
     # seed, the one that leaves the least distance is the next seed
-    near = torch.full((len(x), STARTS, n), 1e9, device=x.device)
-    run = torch.arange(len(x), device=x.device)[:, None, None]
-    start = torch.arange(STARTS, device=x.device)[:, None]
+    near = torch.full((K, STARTS, n), 1e9, device=x.device)
+    k = torch.arange(K, device=x.device)[:, None]
     seeds = []
     for draw in noise.unbind(1):
         upto = near.cumsum(-1)                             # (K, STARTS, n)
         trials = torch.searchsorted(upto, draw * upto[..., -1:]).clamp(max=n - 1)
-        left = torch.minimum(near[:, :, None], distance[run, trials])   # (K, STARTS, TRIALS, n)
-        best = left.sum(-1).argmin(-1, keepdim=True)       # (K, STARTS, 1)
-        seeds.append(trials.gather(-1, best))
-        near = left[run, start, best].squeeze(2)           # (K, STARTS, n)
-    seeds = torch.cat(seeds, -1).flatten(1)                # (K, STARTS v)
-    parents = x[run[..., 0], seeds]                        # (K, STARTS v, D)
+        left = torch.minimum(near[:, :, None], distance[k[..., None], trials]).sum(-1)
+        best = left.argmin(-1, keepdim=True)               # (K, STARTS, 1)
+        seeds.append(trials.gather(-1, best)[..., 0])
+        near = torch.minimum(near, distance[k, seeds[-1]])
+    parents = x[k, torch.stack(seeds, -1).flatten(1)]      # (K, STARTS v, D)
 
     # then k-means: the likeliest parent of each tuple, the mean tuple of each parent
     for _ in range(ROUNDS):
-        likelihood = (parents.log() @ x.mT).unflatten(1, (STARTS, v))       # (K, STARTS, v, n)
+        likelihood = (parents.log() @ x.mT).view(K, STARTS, v, n)
         member = likelihood == likelihood.amax(2, keepdim=True)
         member = member.flatten(1, 2).float()              # (K, STARTS v, n)
         parents = member @ x / member.sum(-1, keepdim=True).clamp(min=1)
-    likelihood = (parents.log() @ x.mT).unflatten(1, (STARTS, v))
+    likelihood = (parents.log() @ x.mT).view(K, STARTS, v, n)
     best = likelihood.amax(2).sum(-1).argmax(-1)           # (K,) the best start
-    return likelihood[run[:, 0, 0], best].argmax(1)        # (K, n)
+    return likelihood[k[:, 0], best].argmax(1)             # (K, n)
 
 
 def similar(phi, threshold, centred):
     """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is above
-    the threshold. centred: of phi minus its mean over the batch.
-
-    As the rule stands, every phi is near the mean, all pairs are alike and the codes collapse to
-    one, at the paper's sizes too; centred it works there."""
+    the threshold. Every phi is near the mean over the batch, so that all pairs may be alike and
+    the codes collapse. centred: phi minus that mean; see assets/RESULTS.md."""
     if centred:
         phi = phi - phi.mean(-2, keepdim=True)
     unit = F.normalize(phi, dim=-1)
@@ -329,14 +305,14 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     -log(1 - c_i.c_j) where they are not; and sparsity times the mean entropy of a code.
 
     codes: (..., n, d) soft codes; alike: (..., n, n) bool. Returns (...), one for each module.
-    c_i.c_j is the chance that symbols drawn from the two codes are the same.
-    Our choice of form: unlike a squared distance the logarithm keeps a gradient between two codes
-    that are both nearly one-hot, so that codes that split one symbol can still merge."""
+    The form is ours: unlike a squared distance, the logarithm keeps a gradient between nearly
+    one-hot codes, so that two codes that split one symbol can still merge."""
     n = codes.shape[-2]
     overlap = codes @ codes.mT                             # (..., n, n)
     alike = alike.float()                                  # torch.where would be slow
 
-    # the chance that the two symbols are the same, or different, as they should be; never 0
+    # overlap: two symbols drawn from the codes are the same. chance: they are what they should
+    # be, the same or different; it is never 0
     chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
@@ -346,38 +322,34 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     return loss
 
 
-def losses(student, wanted, draw, v, target, options):
-    """(prediction, clustering), (R, L-1) each: the losses of every run and module on a Draw.
+def losses(student, wanted, draw, options):
+    """(prediction, clustering), (R, L-1) each: the losses of every run and module.
 
-    wanted: the teacher's codes of the same strings."""
-    # what the student predicts of the cousins, and how it names the tuples
-    log_phi, codes = student(draw.strings, options.detach)
-    s = student.sizes["s"]
-    run = torch.arange(len(draw.strings), device=draw.strings.device)[:, None]
-    predictions, gains, phi, items = [], [], [], []
+    wanted: the teacher's codes of the same strings; draw: what draws gives for a step."""
+    strings, chosen, noise = draw
+    s, run = student.sizes["s"], torch.arange(len(strings), device=strings.device)[:, None]
+    log_phi, codes = student(strings, options.detach)
+    prediction, gain, phi, items = [], [], [], []
     for l, guess in enumerate(log_phi):
-        aim = goal(target, wanted, l, s, options.elements)
-        loss, gain = prediction_loss(guess, aim, s)
-        predictions.append(loss)
-        gains.append(gain)
+        aim = goal(options.target, wanted, l, s, options.elements)
+        loss, known = prediction_loss(guess, aim, s)
+        prediction.append(loss)
+        gain.append(known)
 
         # a few tuples of each string are enough for the clustering loss
-        chosen = choose(draw.tuples[:, l], aim.shape[2])               # (R, n)
-        some = guess.detach().flatten(2)[run, chosen].exp()
-        if target == "joint":
+        some = guess.detach().flatten(2)[run, chosen[:, l]].exp()      # (R, n, heads d)
+        if options.target == "joint":
             # a cousin's parent tells more than its elements: they weigh as much together
-            some = some.unflatten(-1, guess.shape[2:])
-            some[..., :-1, :] /= some.shape[-2] - 1
-            some = some.flatten(2)
-        phi.append(some)                                               # (R, n, heads d)
-        above = codes[l + 1].flatten(1, 2)                             # (R, N, d)
-        items.append(above[run, chosen])                               # (R, n, d)
+            elements = some.unflatten(-1, guess.shape[2:])[..., :-1, :]
+            elements /= elements.shape[-2]
+        phi.append(some)
+        items.append(codes[l + 1].flatten(1, 2)[run, chosen[:, l]])    # (R, n, d)
 
     # raw tokens are more the higher the module: zeros fill up what the lower ones lack
-    widest = max(some.shape[-1] for some in phi)
+    widest = phi[-1].shape[-1]
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
     if options.alike == "groups":
-        group = grouping(phi.flatten(0, 1), v, draw.noise.flatten(0, 1))
+        group = grouping(phi.flatten(0, 1), options.v, noise.flatten(0, 1))
         group = group.view(phi.shape[:3])                              # (R, L-1, n)
         alike = group[..., None] == group[..., None, :]
     else:
@@ -387,61 +359,49 @@ def losses(student, wanted, draw, v, target, options):
 
     # first predict, then cluster
     if options.gate:
-        clustering = clustering * (torch.stack(gains, 1) / options.gate).clamp(0, 1)
-    return torch.stack(predictions, 1), clustering
+        clustering = clustering * (torch.stack(gain, 1) / options.gate).clamp(0, 1)
+    return torch.stack(prediction, 1), clustering
 
 
 # --------------------------------------------------------------------------------------------------
 # training
 
 
-class Draw(NamedTuple):
-    """The random numbers of one step."""
+def draws(xs, s, L, batch, v, generators):
+    """Endless random numbers, every run's from its own CPU generator, BLOCK steps at once.
 
-    strings: torch.Tensor    # (R, B, s^L): the batch of every run
-    tuples: torch.Tensor     # (R, L-1, B, 2) uniform: which tuples of a string are compared
-    noise: torch.Tensor      # (R, L-1, v, STARTS, TRIALS) uniform: for k-means
-
-
-def draws(xs, batch, v, L, generators):
-    """Endless random numbers, every run's from its own CPU generator, many steps at once."""
-    device = xs[0].device
+    Gives for a step: strings (R, B, s^L), the batch of every run; chosen (R, L-1, 2 B) int64,
+    two different tuples of every string, as places among those of the batch, for each module;
+    noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
+    tuples = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])      # (L-1, 1) in a string
+    start = tuples * torch.arange(batch)                                   # (L-1, B)
     while True:
-        strings, tuples, noise = [], [], []
+        block = []
         for x, generator in zip(xs, generators):
             rows = torch.randint(len(x), (BLOCK, batch), generator=generator)
-            strings.append(x[rows.to(device)])
-            tuples.append(torch.rand(BLOCK, L - 1, batch, 2, generator=generator))
-            noise.append(torch.rand(BLOCK, L - 1, v, STARTS, TRIALS, generator=generator))
-        block = [torch.stack(part, 1).to(device) for part in (strings, tuples, noise)]
-        for step in range(BLOCK):
-            yield Draw(*(part[step] for part in block))
+            one, two = torch.rand(BLOCK, L - 1, batch, 2, generator=generator).unbind(-1)
+            noise = torch.rand(BLOCK, L - 1, v, STARTS, TRIALS, generator=generator)
+            first = (one * tuples).long()                                  # (BLOCK, L-1, B)
+            second = (first + 1 + (two * (tuples - 1)).long()) % tuples
+            chosen = torch.cat([start + first, start + second], -1)
+            block.append([x[rows.to(x.device)], chosen.to(x.device), noise.to(x.device)])
+        yield from zip(*(torch.stack(part, 1) for part in zip(*block)))
 
 
-def choose(uniform, n):
-    """Two different tuples out of the n of every string, as places in the batch.
-
-    uniform: (R, B, 2) in [0, 1). Returns (R, 2 B) int64."""
-    first = (uniform[..., 0] * n).long()
-    second = (first + 1 + (uniform[..., 1] * (n - 1)).long()) % n
-    start = n * torch.arange(uniform.shape[1], device=uniform.device)
-    return torch.cat([start + first, start + second], 1)
-
-
-def train(xs, v, s, L, target, seeds, steps, options, watch=None):
+def train(xs, s, L, seeds, steps, options, watch=None):
     """The training loop, for R runs of equally many steps. Returns R Predictors."""
     # every run has its own generator, for its weights and then for its batches
-    R, device = len(xs), xs[0].device
+    R, v, target = len(xs), options.v, options.target
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     heads = heads_of(target, options.elements, s, L)
     student = Network(R, s, options.codes, options.hidden, heads)
     student.draw(generators)
-    student.to(device)
+    student.to(xs[0].device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     weights = list(student.parameters())
     # not fused: that one rounds the last few weights of a tensor in another way
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
-    random = draws(xs, options.batch, v, L, generators)
+    random = draws(xs, s, L, options.batch, v, generators)
     top = {"token": 0, "latent": L - 2, "joint": L - 1}[target]    # the last level it teaches
     ended = {}
 
@@ -452,15 +412,15 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
 
         # the teacher reads the same strings, and nothing flows back into it
         with torch.no_grad():
-            wanted = teacher(draw.strings, top=top)[1]
-        prediction, clustering = losses(student, wanted, draw, v, target, options)
+            wanted = teacher(draw[0], top=top)[1]
+        prediction, clustering = losses(student, wanted, draw, options)
         parts = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
         loss = parts.sum(1)                                # (R,) one loss for every run
 
         # a run whose loss is not finite ends here, and its neighbours go on
         for r, finite in enumerate(loss.isfinite().tolist()):
             if not finite and r not in ended:
-                ended[r] = Predictor(student.run(r), v, L, target, step + 1)
+                ended[r] = Predictor(student.run(r), v, target, step + 1)
         if len(ended) == R:
             break
 
@@ -479,7 +439,7 @@ def train(xs, v, s, L, target, seeds, steps, options, watch=None):
         if watch:
             watch(step + 1, steps, student, prediction.detach())
 
-    return [ended.get(r) or Predictor(student.run(r), v, L, target) for r in range(R)]
+    return [ended.get(r) or Predictor(student.run(r), v, target) for r in range(R)]
 
 
 def jacobian_descent(parts, weights):
@@ -492,13 +452,13 @@ def jacobian_descent(parts, weights):
 
 
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
-    """R runs side by side: run r learns from the strings xs[r], (P, s^L), with seeds[r].
+    """R runs side by side: run r learns from the strings xs[r] with seeds[r]. R Predictors.
 
-    xs: anyone's strings, each a tensor, array or list of symbols 0..v-1; P may differ.
+    xs: for each run (P, s^L) symbols 0..v-1, as a tensor, array or lists; P may differ.
     settings: see SETTINGS. watch(step, steps, network, prediction) is called after every step,
     with the Network of the runs that train together and their prediction losses, (R, L-1).
-    Returns R Predictors. One whose loss stopped being finite has the weights of that step, and
-    its number as diverged. Raises ValueError, naming the argument or setting."""
+    A run whose loss stops being finite keeps the weights and the number of that step, as
+    diverged. Raises ValueError, naming the argument or setting."""
     options = read_options(v, target, settings)
     if len(xs) != len(seeds) or len(xs) == 0:
         raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
@@ -515,28 +475,24 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
     learned = {}
     for (steps, _), runs in together.items():
         x, seed = [xs[r] for r in runs], [seeds[r] for r in runs]
-        trained = train(x, v, s, depths[0], target, seed, steps, options, watch)
+        trained = train(x, s, depths[0], seed, steps, options, watch)
         learned.update(zip(runs, trained))
     return [learned[r] for r in range(len(xs))]
 
 
 def fit(x, v, s, target="latent", seed=0, watch=None, **settings):
-    """Learn from strings x, (P, s^L): one Predictor. It is fit_many of one run.
-
-    Raises FloatingPointError if the loss stops being finite."""
+    """fit_many of one run: a Predictor, or a FloatingPointError if it diverged."""
     learned = fit_many([x], v, s, target, [seed], watch, **settings)[0]
     if learned.diverged:
-        options = read_options(v, target, settings)
-        raise FloatingPointError(
-            f"step {learned.diverged}: the loss is no longer finite; "
-            f"lower lr (now {options.lr:g}) or decay (now {options.decay:g})"
-        )
+        step = learned.diverged
+        raise FloatingPointError(f"step {step}: the loss is not finite; lower lr or decay")
     return learned
 
 
 def read_options(v, target, settings):
-    """All settings as attributes of one object. Raises ValueError, naming the setting."""
+    """v, target and all settings in one object. Raises ValueError, naming the setting."""
     options = read_settings(SETTINGS, PRESETS, settings)
+    options.v, options.target = v, target
     options.batch = options.batch or 8 * v
     options.codes = options.codes or 5 * v // 4
     if target not in TARGETS:
@@ -552,8 +508,8 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     """Raise ValueError, naming the flag, if a run of these sizes would need too much memory."""
     options = read_options(v, target, settings)
     hidden, d, batch = options.hidden, options.codes, options.batch
-    check_memory("depth", 2 * TEST_STRINGS * s**L, f"{TEST_STRINGS} strings of {s**L} tokens")
-    check_memory("samples", 2 * P * s**L, f"{P} strings of {s**L} tokens")
+    check_memory("depth", strings_bytes(TEST_STRINGS, s, L), "the test strings")
+    check_memory("samples", strings_bytes(P, s, L), "the strings")
     weights, numbers = 0, 6 * (L - 1) * (2 * batch) ** 2     # the table of pairs, to begin with
     for l, heads in enumerate(heads_of(target, options.elements, s, L)):
         width = math.prod(heads) * d
@@ -569,11 +525,13 @@ def check_size(v, s, m, L, P, target="latent", **settings):
 
 
 class Predictor:
-    """What one run has learned. diverged: the step whose loss was not finite, 0 if all were."""
+    """What one run has learned: a Network of one run, and v. It only reads, and learns no more.
 
-    def __init__(self, network, v, L, target, diverged=0):
-        self.network, self.v, self.s, self.L = network, v, network.sizes["s"], L
-        self.target, self.diverged = target, diverged
+    diverged: the step whose loss was not finite, 0 if all were."""
+
+    def __init__(self, network, v, target, diverged=0):
+        self.network, self.v, self.target, self.diverged = network.eval(), v, target, diverged
+        self.s, self.L = network.sizes["s"], len(network.layers) + 1
 
     def __repr__(self):
         d, hidden = self.network.sizes["d"], self.network.sizes["hidden"]
@@ -581,31 +539,25 @@ class Predictor:
         return f"Predictor(target={self.target}, {sizes}, diverged={self.diverged})"
 
     @torch.no_grad()
-    def codes(self, x, hard=False):
-        """(P, s^L) strings -> the codes of levels 1..L-1: (P, s^(L-l), d) float distributions.
-
-        hard: their arg-max, (P, s^(L-l)) int64. Raises ValueError, naming x."""
+    def codes(self, x):
+        """(P, s^L) strings -> the soft codes of levels 1..L-1, (P, s^(L-l), d), or ValueError."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
             raise ValueError(f"x: must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
         x = x.to(next(self.network.parameters()).device)
-        training = self.network.training
-        self.network.eval()
-        parts = []
-        for some in x.split(max(1, CHUNK_TOKENS // x.shape[1])):
-            codes = [h[0] for h in self.network(some[None])[1][1:]]
-            parts.append([h.argmax(-1) for h in codes] if hard else codes)
-        self.network.train(training)
-        return [torch.cat(level) for level in zip(*parts)]
+        chunks = x.split(CHUNK_TOKENS // self.s**L + 1)
+        parts = [self.network(some[None])[1][1:] for some in chunks]
+        return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
         """(P, s^L) strings -> levels: levels[0] the strings, levels[l] (P, s^(L-l)) int64 ids,
         l = 1..L-1. Raises ValueError, naming x."""
-        return [as_strings(x, self.v, self.s)[0], *self.codes(x, hard=True)]
+        ids = [codes.argmax(-1) for codes in self.codes(x)]
+        return [as_strings(x, self.v, self.s)[0], *ids]
 
     def save(self, file):
         """Write sizes and weights to a file, for load."""
-        about = {"v": self.v, "L": self.L, "target": self.target, "diverged": self.diverged}
+        about = {"v": self.v, "target": self.target, "diverged": self.diverged}
         weights = self.network.state_dict()
         torch.save({"predictor": about, "sizes": self.network.sizes, "weights": weights}, file)
 
@@ -614,11 +566,10 @@ def load(file):
     """The Predictor that save wrote, on the CPU. Raises ValueError if it wrote no such file."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        about, sizes = saved["predictor"], saved["sizes"]
-        network = Network(1, **sizes)
+        network = Network(1, **saved["sizes"])
         network.load_state_dict(saved["weights"])
-        learned = Predictor(network, **about)
-        right = learned.L == len(sizes["heads"]) + 1 and learned.v in range(2, sizes["d"] + 1)
+        learned = Predictor(network, **saved["predictor"])
+        right = learned.v in range(2, network.sizes["d"] + 1)
     except OSError:
         raise
     except Exception:
@@ -628,41 +579,32 @@ def load(file):
     return learned
 
 
-def score(learned, truth):
-    """How well the levels 1..L-1 of fresh strings are labelled; truth: their levels.
+def score(learned, levels, truth):
+    """([accuracy], [symbols in use]) of the levels 1..L of fresh strings.
 
-    A row for each: accuracy under the best matching of codes and symbols; codes in use, by 1 in
-    1000 tuples or more; entropy of their use in nats, log v if all is well."""
-    rows = []
+    levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
+    codes as well as can be; a symbol in use is that of 1 in 1000 tuples or more. The root is
+    read by the paper's linear probe of the final code, trained on the training strings."""
+    right, in_use = [], []
     for labels, symbols in zip(learned.label(truth[0])[1:], truth[1:]):
-        use = labels.flatten().bincount() / labels.numel()
-        in_use = int((use >= 1e-3).sum())
-        rows.append((accuracy(labels, symbols, learned.v), in_use, float(entropy(use))))
-    return rows
+        right.append(accuracy(labels, symbols, learned.v))
+        share = labels.flatten().bincount() / labels.numel()
+        in_use.append(int((share >= 1e-3).sum()))
 
-
-def probe(learned, levels, truth):
-    """Linear probes of the frozen final code, trained on the labels of the training strings.
-
-    levels, truth: of training and of fresh strings. Returns (accuracy for level L-1 at every
-    position, accuracy for the root from all positions, different answers for the root). Where
-    d_h >= v m, a probe could read level L-1 from tuples that were never merged."""
-    v, L = learned.v, learned.L
     known, fresh = learned.codes(levels[0])[-1], learned.codes(truth[0])[-1]     # (P, s, d)
-    read = linear_probe(known.flatten(0, 1), levels[L - 1].flatten(), v)
-    below = read(fresh).argmax(-1) == truth[L - 1]                               # (P, s)
-    read = linear_probe(known.flatten(1), levels[L][:, 0], v)
-    answers = read(fresh.flatten(1)).argmax(-1)                                  # (P,)
-    root = answers == truth[L][:, 0]
-    return below.float().mean().item(), root.float().mean().item(), len(answers.unique())
+    read = linear_probe(known.flatten(1), levels[-1][:, 0], learned.v)
+    root = read(fresh.flatten(1)).argmax(-1)                                     # (P,)
+    right.append((root == truth[-1][:, 0]).float().mean().item())
+    in_use.append(len(root.unique()))
+    return right, in_use
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
     """What the sweep asks: run r learns from samples[r] strings of grammars[r], with seeds[r].
 
-    All grammars have the same v, s, m, L. Returns a Score for each run: levels 1..L-1 by the best
-    matching, and the root by a linear probe of the final code. floor: the same, untrained."""
-    v, s, L = grammars[0].v, grammars[0].s, grammars[0].L
+    All grammars have the same v, s, m, L. Returns a Score of the levels 1..L for each run;
+    its floor is the same network, untrained."""
+    v, s = grammars[0].v, grammars[0].s
     known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
     xs = [levels[0] for levels in known]
     learned = fit_many(xs, v, s, target, seeds, **settings)
@@ -673,26 +615,23 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     scores = []
     for grammar, levels, seed, run, before in zip(grammars, known, seeds, learned, untrained):
         if run.diverged:
-            scores.append(Score([0.0] * L, [True] * L, None, run.diverged))
+            scores.append(Score([0.0] * run.L, [True] * run.L, None, run.diverged))
             continue
         truth = grammar.sample(TEST_STRINGS, (seed, 1), device)
-        rows = score(run, truth)
-        _, root, answers = probe(run, levels, truth)
-        found = [row[0] for row in rows] + [root]
-        collapsed = [in_use < v for _, in_use, _ in rows] + [answers < v]
-        floor = [row[0] for row in score(before, truth)] + [probe(before, levels, truth)[1]]
-        scores.append(Score(found, collapsed, floor))
+        right, in_use = score(run, levels, truth)
+        floor, _ = score(before, levels, truth)
+        scores.append(Score(right, [n < v for n in in_use], floor))
     return scores
 
 
 def main():
     parser = Parser(__doc__)
     add_grammar_flags(parser, m=3, samples=4096)
-    parser.add_argument("--target", choices=TARGETS, default="latent",
-                        help="what is predicted (default latent)")
+    add = parser.add_argument
+    add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
-    parser.add_argument("--trace", metavar="FILE.csv", help="write accuracy and loss by the step")
-    parser.add_argument("--save", metavar="FILE", help="write the weights, for predictor.load")
+    add("--trace", metavar="FILE.csv", type=new_file, help="write accuracy and loss by the step")
+    add("--save", metavar="FILE", type=new_file, help="write the weights, for predictor.load")
     args = parser.parse_args()
     device = pick_device(parser, args.device)
     grammar = grammar_from_flags(parser, args)
@@ -700,29 +639,28 @@ def main():
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        check_files(trace=args.trace, save=args.save)
+        if args.save and os.path.realpath(args.save) == os.path.realpath(args.trace or os.devnull):
+            raise ValueError("save: must be another file than that of --trace")
     except ValueError as error:
         parser.error(f"argument --{error}")
 
     levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
-    glance = [h[:256] for h in truth]
-    trace = open(args.trace or os.devnull, "w", encoding="utf-8")
-    columns = [f"accuracy {l},prediction {l}" for l in range(1, L)]
-    print("step", *columns, sep=",", file=trace, flush=True)
-    bar = tqdm(bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
+    with open(args.trace or os.devnull, "w") as trace, tqdm(unit="step") as bar:
+        columns = [f"accuracy {l},prediction {l}" for l in range(1, L)]
+        print("step", *columns, sep=",", file=trace, flush=True)
 
-    def watch(step, steps, network, prediction):
-        bar.total = steps
-        bar.update()
-        if step % max(1, steps // 80) and step != steps:
-            return
-        found = [row[0] for row in score(Predictor(network, v, L, args.target), glance)]
-        pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(found, prediction[0].tolist())]
-        print(step, *pairs, sep=",", file=trace, flush=True)
-        bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in found))
+        def watch(step, steps, network, prediction):
+            bar.total = steps
+            bar.update()
+            if step % max(1, steps // 80) and step != steps:
+                return
+            labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
+            right = [accuracy(labels[l], truth[l][:256], v) for l in range(1, L)]
+            pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(right, prediction[0].tolist())]
+            print(step, *pairs, sep=",", file=trace, flush=True)
+            bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in right))
 
-    with trace, bar:
         try:
             learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
         except FloatingPointError as error:
@@ -732,26 +670,10 @@ def main():
         learned.save(args.save)
 
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
-    print(learned)
-    print(f"\nlevel   accuracy   codes in use   entropy (of {math.log(v):.2f})")
-    for l, (found, in_use, spread) in enumerate(score(learned, truth), 1):
-        mark = "   collapsed" if in_use < v else ""
-        print(f"{l:5}   {found:8.3f}   {in_use:12}   {spread:7.2f}{mark}")
-    below, root, _ = probe(learned, levels, truth)
-    print(f"\nlinear probes of the final code: level {L - 1} {below:.3f}, root {root:.3f}")
-    if learned.network.sizes["d"] >= v * m:
-        print(f"(d_h >= v m = {v * m}: such a probe could read tuples that were never merged)")
-
-
-def check_files(**files):
-    """Raise ValueError, naming the flag, unless each file that is given can be written."""
-    paths = {flag: Path(file).resolve() for flag, file in files.items() if file}
-    for flag, path in paths.items():
-        there = path if path.exists() else path.parent
-        if path.is_dir() or not os.access(there, os.W_OK):
-            raise ValueError(f"{flag}: must be a file that can be written, not {path}")
-    if len(set(paths.values())) < len(paths):
-        raise ValueError(f"{flag}: must be another file than the other flags', not {path}")
+    print(f"{learned}\n\nlevel   accuracy   symbols in use (of {v})")
+    for l, (right, in_use) in enumerate(zip(*score(learned, levels, truth)), 1):
+        mark = "   by a linear probe of the code" if l == L else ""
+        print(f"{l:5}   {right:8.3f}   {in_use:22}{mark}")
 
 
 if __name__ == "__main__":

@@ -779,15 +779,15 @@ def small_network(s, L, d=4, target="latent", elements="all", R=1, seed=0):
 def small_draw(g, strings=64):
     """One step's random numbers for one run on a grammar's strings."""
     x = [g.sample(strings, 1)[0]]
-    return next(predictor.draws(x, strings, g.v, g.L, [torch.Generator().manual_seed(0)]))
+    return next(predictor.draws(x, g.s, g.L, strings, g.v, [torch.Generator().manual_seed(0)]))
 
 
 def small_losses(g, student, teacher, target="latent", **settings):
     """The losses of one run, as a list: of prediction, then of clustering."""
     options = predictor.read_options(g.v, target, {"gate": 0.0} | settings)
     draw = small_draw(g)
-    wanted = [h.detach() for h in teacher(draw.strings)[1]]
-    parts = predictor.losses(student, wanted, draw, g.v, target, options)
+    wanted = [h.detach() for h in teacher(draw[0])[1]]
+    parts = predictor.losses(student, wanted, draw, options)
     return [*parts[0][0], *parts[1][0]]
 
 
@@ -880,7 +880,7 @@ def test_targets_are_what_they_say(target, elements):
     """Module 1 of 3: the cousin's symbols by the teacher, its tokens, or both it and its symbols."""
     g = Grammar.random(4, 2, 2, 4, seed=0)
     student, teacher = small_network(2, 4, 4, target, elements), small_network(2, 4, 4, target, elements, seed=1)
-    x = small_draw(g).strings
+    x = small_draw(g)[0]
     codes, log_phi = [h.detach() for h in teacher(x)[1]], student(x)[0][1].detach()
     total, terms = 0.0, 0
     for b, t in itertools.product(range(64), range(4)):
@@ -905,7 +905,7 @@ def test_without_a_teacher_the_targets_are_the_students_own_codes(monkeypatch):
     losses, equal = predictor.losses, []
 
     def watched(student, wanted, draw, *rest):
-        own = student(draw.strings)[1]
+        own = student(draw[0])[1]
         equal.append(all(map(torch.equal, wanted, own)))
         return losses(student, wanted, draw, *rest)
 
@@ -947,14 +947,16 @@ def test_grouping_finds_the_likeliest_partition():
     assert sum(f < best * 1.001 for f in found) >= 10
 
 
-def test_choose_takes_two_different_tuples_of_every_string():
-    uniform = torch.rand(3, 500, 2, generator=torch.Generator().manual_seed(0))
-    first, second = predictor.choose(uniform, 4).view(3, 2, 500).unbind(1)
-    assert (first != second).all()
-    assert torch.equal(first // 4, torch.arange(500).expand(3, -1))
-    assert torch.equal(second // 4, torch.arange(500).expand(3, -1))
-    pairs = torch.bincount((first % 4 * 4 + second % 4).flatten(), minlength=16)
-    assert (pairs[pairs > 0] - 125).abs().max() < 5 * 125**0.5 and (pairs > 0).sum() == 12
+def test_two_different_tuples_of_every_string_are_chosen():
+    g = Grammar.random(4, 2, 2, 4, seed=0)
+    chosen = small_draw(g, 500)[1]  # one run, three modules, 8, 4 and 2 tuples in a string
+    for l, n in enumerate([8, 4, 2]):
+        first, second = chosen[0, l].view(2, 500)
+        assert (first != second).all()
+        assert torch.equal(first // n, torch.arange(500)) and torch.equal(second // n, torch.arange(500))
+    pairs = torch.bincount(chosen[0, 1].view(2, 500).T.remainder(4) @ torch.tensor([4, 1]), minlength=16)
+    expected = 500 / 12
+    assert (pairs[pairs > 0] - expected).abs().max() < 5 * expected**0.5 and (pairs > 0).sum() == 12
 
 
 def eight_runs():
@@ -1018,7 +1020,7 @@ def test_learns_level_1_and_not_from_scrambled_strings():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     scrambled[:, 2:] = x[order, 2:]  # not its cousin any more
     runs = predictor.fit_many([x, scrambled], 6, 2, seeds=[0, 0], steps=250)
-    found = [predictor.score(run, g.sample(1024, (0, 1)))[0][0] for run in runs]
+    found = [predictor.score(run, g.sample(64, 0), g.sample(1024, (0, 1)))[0][0] for run in runs]
     assert found[0] > 0.95 and found[1] < 0.8
 
 
@@ -1048,7 +1050,7 @@ def test_what_is_learned_labels_new_strings_and_can_be_saved(tmp_path):
         with pytest.raises(ValueError, match="^x: "):
             learned.label(bad)
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    saved["predictor"]["L"] = 5
+    saved["predictor"]["v"] = 300
     for wrong in (saved, [1], {"weights": {}}):
         torch.save(wrong, tmp_path / "b.pt")
         with pytest.raises(ValueError, match="^file: "):
@@ -1079,7 +1081,7 @@ def test_predictor_runs_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*flags.split(), "--trace", "trace.csv", "--save", "a.pt"])
     predictor.main()
     out = capsys.readouterr().out
-    assert all(text in out for text in ("codes in use", "entropy", "linear probes", "codes=128"))
+    assert all(text in out for text in ("symbols in use", "linear probe", "codes=128"))
     header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
     assert header == "step,accuracy 1,prediction 1,accuracy 2,prediction 2" and len(rows) == 2
     assert predictor.load("a.pt").target == "latent"
