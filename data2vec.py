@@ -83,7 +83,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
-    Setting("cooldown", real(0, 1), 0.0, 0.0, "last share of the steps, in which it falls to 0"),
+    Setting("cooldown", real(0, 1), 0.25, 0.0, "last share of the steps, in which it falls to 0"),
     Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), PROBE_STRINGS, None, "strings a probe is fitted on"),
@@ -142,7 +142,8 @@ class Embedding(nn.Module):
     def forward(self, x, table=None):
         table = self.weight if table is None else table
         R, ids, _ = table.shape
-        first = torch.arange(R, device=x.device).view(R, 1, 1) * ids  # where a run's table begins
+        # all tables in one, that of run r from row r * ids on
+        first = torch.arange(R, device=x.device).view(R, 1, 1) * ids
         return F.embedding(x + first, table.flatten(0, 1))
 
 
@@ -212,10 +213,15 @@ class Tree(nn.Module):
 
     def forward(self, x, top, randoms=None, ffn=False):
         """The last top maps; randoms and ffn are the transformer's."""
+        # the few rows of the table are normalised instead of every token
         up = [self.embed(x, layer_norm(self.embed.weight))]     # (R, B, T, d)
+
+        # up: what stands under a node
         for net in self.up:
             up.append(layer_norm(net(self.families(up[-1]))))   # (R, B, s^(L-l), d)
         context = up.pop()                                      # (R, B, 1, d), the root
+
+        # down: what stands around it, too
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
             change = net(self.families(h), context)             # (R, B, s^(L-l-1), s d)
@@ -241,6 +247,7 @@ class Block(nn.Module):
     def attend(self, h):
         """(R, B, T, d) -> (R, B, T, d): every position mixes what all positions hold."""
         R, B, T, d = h.shape
+        # one batch of small matrices, for all runs, strings and heads
         qkv = self.qkv(h).view(R, B, T, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
         q, k, v = qkv.reshape(3, R * B * self.heads, T, -1)
         scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)                   # (R B heads, T, T)
@@ -307,6 +314,7 @@ def draw_mask(B, L, s, rate, block, random):
     it, and one node in every string for certain. Level 0 hides single tokens, whose siblings are
     mostly visible; level L-2, "top", leaves only cousins of the highest level to predict from.
     "mixed": every string draws its level from 0..L-2, so siblings are hidden on every level."""
+    # one mask of each level that may be drawn
     words = {"mixed": range(L - 1), "top": [L - 2]}
     masks = []
     for level in words.get(block, [block]):
@@ -314,6 +322,7 @@ def draw_mask(B, L, s, rate, block, random):
         certain = draw == draw.min(1, keepdim=True).values
         hidden = certain | (draw < rate)
         masks.append(hidden.repeat_interleave(s**level, 1))
+    # every string picks one of them
     pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
     return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
 
@@ -401,6 +410,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
 
     Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
     run the step at which it stopped because its loss or gradient was not finite, or 0."""
+    # student, heads and teacher
     R, T = len(xs), s**L
     K = min(settings.top, L if settings.encoder == "tree" else settings.layers)
     starts = [stream(seed, 0) for seed in seeds]
@@ -413,10 +423,11 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
     ffn = settings.target_from == "ffn"
     distance = cross_entropy if target == "token" else smooth_l1
 
+    # AdamW; biases and layer norms don't decay
     named = [*student.named_parameters(), *heads.named_parameters()]
     weights = [w for _, w in named]
     decaying = [w for name, w in named if name.endswith("weight")]
-    constant = [w for name, w in named if not name.endswith("weight")]  # biases, layer norms
+    constant = [w for name, w in named if not name.endswith("weight")]
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay,
                                   fused=device != "mps")
@@ -434,7 +445,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
             elif target == "several":
                 goals = [pool(h, T) for h in teacher(x, K, ffn=ffn)]
             elif target == "stacked":
-                goals = teacher(x, K, ffn=ffn)                       # each (R, B, n, d)
+                goals = teacher(x, K, ffn=ffn)                          # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
         maps = student(x.masked_fill(hidden, v), K, randoms)
@@ -459,12 +470,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.step()
+        # the teacher keeps ema of itself
         follow(teacher, student, settings.ema)
         if watch:
             watch(step, loss.detach(), teacher)
         if all(diverged):
             break
 
+    # what diverged goes back to where it stopped
     for r, kept in stopped.items():
         for w, before in zip(teacher.parameters(), kept):
             w[r] = before
@@ -547,6 +560,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     else:
         weights = settings.layers * (4 * d * d + 2 * d * hidden + 13 * d) + T * d
         position = settings.layers * (14 * d + 3 * hidden + 4 * settings.heads * T)
+    # student, teacher, untrained, gradient and the two averages of AdamW, 4 bytes each
     check_memory("width", 6 * 4 * weights, f"{weights} weights")
     check_memory("batch", 4 * settings.batch * T * position, f"a step of {settings.batch} strings")
 
@@ -575,6 +589,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     P = max(1 if isinstance(x, Grammar) else len(x) for x in runs)
     check_size(v, s, 1, L, P, target, **settings)
     trained = train(runs, v, s, L, target, seeds, options, device, watch)
+    # each run gets encoders of its own, R = 1
     models = []
     for r, step in enumerate(trained[2]):
         own = [build(1, v, s, L, options).to(device).requires_grad_(False) for _ in range(2)]
@@ -628,10 +643,13 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     tested = features(test[0])
     results = []
     for l in range(1, grammar.L):
+        # fit on strings without rule 0 of every symbol
         probe = sample_without(grammar, l, 0, settings.probe_strings, (seed, 4, l), device)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
         absent = torch.isin(tuples, tuple_codes(grammar.rules[l - 1][:, 0].to(device), grammar.v))
         nodes = grammar.s ** (grammar.L - l)
+
+        # and ask about the tuples that only this rule makes
         found = []
         for fitted, fresh in zip(features(probe[0]), tested):
             predict = linear_probe(pool(fitted, nodes).flatten(0, 1), probe[l].flatten(), grammar.v)

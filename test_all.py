@@ -614,7 +614,7 @@ def test_a_run_does_not_depend_on_its_neighbours(preset, target):
 def test_a_diverged_run_stops_and_its_neighbours_go_on(monkeypatch):
     """The loss of run 1 is NaN in step 3: it keeps the weights of step 2, and the others are as without it."""
     _, xs = drawn(3)
-    settings = {**TINY["tree"], "steps": 6}
+    settings = {**TINY["tree"], "steps": 6, "cooldown": 0}
     alone = [data2vec.fit(xs[i], 4, 2, "latent", i, **{**settings, "steps": n}) for i, n in ((0, 6), (1, 2), (2, 6))]
     calls, smooth_l1 = [], data2vec.smooth_l1
 
@@ -833,6 +833,16 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
     x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
     model = data2vec.fit(x, 4, 2, "several", 0, preset=preset, steps=2, batch=8, width=16, hidden=16)
     assert equal(data2vec.load(tmp_path / "encoder.pt").features(x), model.features(x))
+
+
+def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path, monkeypatch, capsys):
+    for flags in (["--trace", "both", "--save", "./both"], ["--trace", "trace.csv", "--save", "NOWHERE/x.pt"]):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            data2vec.main()
+        assert end.value.code == 2 and capsys.readouterr().err.startswith("data2vec.py: argument --save: ")
+    assert not list(tmp_path.iterdir())
 
 
 @every_target
