@@ -526,7 +526,7 @@ def load(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         settings = read_settings(SETTINGS, PRESETS, saved["settings"])
         sizes = [int(saved[name]) for name in ("v", "s", "L")]
-        check_size(*sizes[:2], 1, sizes[2], 1, saved["target"], **saved["settings"])
+        check_size(*sizes[:2], 2, sizes[2], 1, saved["target"], **saved["settings"])
         encoder = build(1, *sizes, settings).requires_grad_(False)
         encoder.load_state_dict(saved["weights"])
     except OSError:
@@ -546,6 +546,8 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     if target not in TARGETS:
         raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
     check_mask_block(settings.mask_block, L)
+    if m == 1:
+        raise ValueError("m: must be 2 or more here, since a single rule has no synonym to measure")
     if settings.encoder == "transformer" and settings.width % settings.heads:
         heads, width = settings.heads, settings.width
         raise ValueError(f"width: must be a multiple of heads = {heads}, not {width}")
@@ -588,7 +590,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     if options.online and len(grammars) < len(runs):
         raise ValueError("online: needs a Grammar in place of x")
     P = max(1 if isinstance(x, Grammar) else len(x) for x in runs)
-    check_size(v, s, 1, L, P, target, **settings)
+    check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
     trained = train(runs, v, s, L, target, seeds, options, device, watch)
     # each run gets encoders of its own, R = 1
     models = []

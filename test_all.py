@@ -1385,7 +1385,7 @@ def test_synonym_swap_keeps_what_is_above_and_generic_swap_changes_the_parent(l)
     assert abs(share - 28 / 31) < 0.06  # of the 31 other tuples, 28 have another parent
     assert all(torch.equal(generic[k], levels[k]) for k in range(l + 1, 4))
     single = Grammar.random(8, 3, 1, 3, 1)
-    with pytest.raises(ValueError, match="m = 1"):
+    with pytest.raises(ValueError, match="m: must be 2 or more"):
         single.swap(single.sample(5, 0), 1, "synonym")
     with pytest.raises(ValueError, match="1 to L = 3"):
         g.swap(levels, 4, "generic")
