@@ -806,8 +806,6 @@ def main():
     try:
         settings = read_settings(SETTINGS, PRESETS, given)
         check_size(v, s, m, L, P, args.target, **given)
-        if m == 1:
-            raise ValueError("m: must be 2 or more here: a single rule has no synonym to measure")
     except ValueError as error:
         parser.error(f"argument --{error}")
     check_files(parser, args)
