@@ -599,6 +599,14 @@ def score(learned, levels, truth):
     return right, in_use
 
 
+def probe_below(learned, levels, truth):
+    """Accuracy of the paper's linear probe of level L-1 (fig. 3 right), at each node from its final
+    code. Where d_h >= v m it can read tuples that were never merged; a matching can't."""
+    known, fresh = learned.codes(levels[0])[-1], learned.codes(truth[0])[-1]     # (P, s, d)
+    read = linear_probe(known.flatten(0, 1), levels[-2].flatten(), learned.v)
+    return (read(fresh).argmax(-1) == truth[-2]).float().mean().item()
+
+
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
     """What the sweep asks: run r learns from samples[r] strings of grammars[r], with seeds[r].
 
@@ -674,6 +682,7 @@ def main():
     for l, (right, in_use) in enumerate(zip(*score(learned, levels, truth)), 1):
         mark = "   by a linear probe of the code" if l == L else ""
         print(f"{l:5}   {right:8.3f}   {in_use:22}{mark}")
+    print(f"{L - 1:5}   {probe_below(learned, levels, truth):8.3f}{'':25}   by a linear probe of the code")
 
 
 if __name__ == "__main__":
