@@ -33,8 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings, as_strings,
-    check_memory, choice, cousins, given_settings, grammar_from_flags, linear_probe, new_file,
+    TEST_STRINGS, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
+    as_strings, check_memory, choice, cousins, given_settings, grammar_from_flags, linear_probe, new_file,
     paper_preset, pick_device, read_settings, real, run_script, strings_bytes, whole,
 )
 
@@ -367,7 +367,7 @@ def losses(student, wanted, draw, options):
 # training
 
 
-def draws(xs, s, L, batch, v, generators):
+def draws(xs, s, L, batch, v, generators, device):
     """Endless random numbers, every run's from its own CPU generator, BLOCK steps at once.
 
     Gives for a step: strings (R, B, s^L), the batch of every run; chosen (R, L-1, 2 B) int64,
@@ -378,17 +378,22 @@ def draws(xs, s, L, batch, v, generators):
     while True:
         block = []
         for x, generator in zip(xs, generators):
-            rows = torch.randint(len(x), (BLOCK, batch), generator=generator)
+            if isinstance(x, Grammar):                                     # always fresh strings
+                seed = int(torch.randint(2**31, (1,), generator=generator))
+                strings = x.sample(BLOCK * batch, seed)[0].view(BLOCK, batch, -1)
+            else:
+                rows = torch.randint(len(x), (BLOCK, batch), generator=generator)
+                strings = x[rows.to(x.device)]
             one, two = torch.rand(BLOCK, L - 1, batch, 2, generator=generator).unbind(-1)
             noise = torch.rand(BLOCK, L - 1, v, STARTS, TRIALS, generator=generator)
             first = (one * tuples).long()                                  # (BLOCK, L-1, B)
             second = (first + 1 + (two * (tuples - 1)).long()) % tuples
             chosen = torch.cat([start + first, start + second], -1)
-            block.append([x[rows.to(x.device)], chosen.to(x.device), noise.to(x.device)])
+            block.append([part.to(device) for part in (strings, chosen, noise)])
         yield from zip(*(torch.stack(part, 1) for part in zip(*block)))
 
 
-def train(xs, s, L, seeds, steps, options, watch=None):
+def train(xs, s, L, seeds, steps, options, device, watch=None):
     """The training loop, for R runs of equally many steps. Returns R Predictors."""
     # every run has its own generator, for its weights and then for its batches
     R, v, target = len(xs), options.v, options.target
@@ -396,12 +401,12 @@ def train(xs, s, L, seeds, steps, options, watch=None):
     heads = heads_of(target, options.elements, s, L)
     student = Network(R, s, options.codes, options.hidden, heads)
     student.draw(generators)
-    student.to(xs[0].device)
+    student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     weights = list(student.parameters())
     # not fused: that one rounds the last few weights of a tensor in another way
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
-    random = draws(xs, s, L, options.batch, v, generators)
+    random = draws(xs, s, L, options.batch, v, generators, device)
     top = {"token": 0, "latent": L - 2, "joint": L - 1}[target]    # the last level it teaches
     ended = {}
 
@@ -454,7 +459,8 @@ def jacobian_descent(parts, weights):
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
     """R runs side by side: run r learns from the strings xs[r] with seeds[r]. R Predictors.
 
-    xs: for each run (P, s^L) symbols 0..v-1, as a tensor, array or lists; P may differ.
+    xs: for each run (P, s^L) symbols 0..v-1, as a tensor, array or lists; P may differ. Or a
+    Grammar, for online training on always fresh strings, on the CPU.
     settings: see SETTINGS. watch(step, steps, network, prediction) is called after every step,
     with the Network of the runs that train together and their prediction losses, (R, L-1).
     A run whose loss stops being finite keeps the weights and the number of that step, as
@@ -462,20 +468,31 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
     options = read_options(v, target, settings)
     if len(xs) != len(seeds) or len(xs) == 0:
         raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
-    xs, depths = zip(*(as_strings(x, v, s) for x in xs))
-    if len(set(depths)) > 1:
-        raise ValueError("x: the strings of all runs must have one length")
+    strings, sizes, device = [], set(), "cpu"
+    for x in xs:
+        if isinstance(x, Grammar):
+            sizes.add((x.v, x.s, x.L))
+        else:
+            x, L = as_strings(x, v, s)
+            sizes.add((v, s, L))
+            device = x.device
+        strings.append(x)
+    L = max(L for _, _, L in sizes)
+    if sizes != {(v, s, L)}:
+        raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
 
     # runs of equally many steps share one loop; Jacobian descent takes one run at a time
     together = {}
-    for r, x in enumerate(xs):
-        steps = min(options.steps, math.ceil(options.epochs * len(x) / options.batch))
+    for r, x in enumerate(strings):
+        steps = options.steps
+        if not isinstance(x, Grammar):
+            steps = min(steps, math.ceil(options.epochs * len(x) / options.batch))
         alone = r if options.combine == "upgrad" else 0
         together.setdefault((steps, alone), []).append(r)
     learned = {}
     for (steps, _), runs in together.items():
-        x, seed = [xs[r] for r in runs], [seeds[r] for r in runs]
-        trained = train(x, s, depths[0], seed, steps, options, watch)
+        x, seed = [strings[r] for r in runs], [seeds[r] for r in runs]
+        trained = train(x, s, L, seed, steps, options, device, watch)
         learned.update(zip(runs, trained))
     return [learned[r] for r in range(len(xs))]
 

@@ -416,7 +416,8 @@ def long_text(found):
         text += " [{:.0f}, {:.0f}]".format(*bounds)
     beyond = sum(sign != 0 for _, sign in found.P50)
     notes = [f"{beyond} of {len(found.P50)} seeds"] * (beyond > 0)
-    notes += ["one seed"] * (len(found.P50) == 1) + marks_of(found)
+    notes += ["one seed"] * (len(found.P50) == 1) + [found.status] * (found.status in MARKS)
+    notes += [f"untrained {found.floor:.2f}"] if found.floor is not None else []
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -948,7 +949,10 @@ def main():
     unrun = [cell for cell in unrun if all(ladder.cell != cell for ladder in folder.runs)]
 
     def report(key):
-        measures = folder.write_tables(caps, unrun)
+        try:
+            measures = folder.write_tables(caps, unrun)
+        except OSError:
+            return  # held by another program, perhaps; the tables are made again at the end
         mine = {k: found for k, found in measures.items() if read_method(k[0].method).key == key}
         if mine and len(learners) > 1:
             tqdm.write(printed_tables(mine, []))
@@ -960,8 +964,12 @@ def main():
         failure, code = "stopped", 1 if stop.args else 130  # SIGTERM comes with its name
     except BrokenProcessPool:
         failure, code = "a worker was killed, perhaps for want of memory (try --jobs 1)", 1
-    except (OSError, MemoryError, torch.OutOfMemoryError, Refused) as error:
+    except (OSError, ImportError, MemoryError, Refused) as error:  # ImportError: no shared memory
         failure, code = f"{str(error) or type(error).__name__}", 1
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        failure, code = f"out of memory (try --jobs 1): {str(error).splitlines()[0][:80]}", 1
     else:
         print(printed_tables(measures, unrun), end="")
         devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}
@@ -970,6 +978,7 @@ def main():
         return draw(out)
     count = sum(map(len, folder.runs.values()))
     safe = f"{count} finished runs are safe in {out}, the same command continues"
+    safe = safe if folder.file.parent.exists() else f"{out} is gone, and its runs with it"
     print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
     raise SystemExit(code)
 
