@@ -1327,7 +1327,7 @@ def test_features_know_the_tree_and_a_checkpoint_gives_them_again(preset, tmp_pa
 
 
 @pytest.mark.parametrize("x, settings, message", [
-    ([[0, 1, 2, 4]], {}, "x: symbols must lie in"),  # 4 is the number of a hidden token
+    ([[0, 1, 2, 4]], {}, "x: must hold symbols 0..3"),  # 4 is the number of a hidden token
     ([[0.0, 1.0, 2.0, 3.0]], {}, "x: must hold whole numbers"),
     ([[0, 1, 2]], {}, "x: must be"),
     ([[0, 1, 2, 3]], {"width": 12}, "width: must be a multiple of 8"),
@@ -1387,7 +1387,7 @@ def test_synonym_swap_keeps_what_is_above_and_generic_swap_changes_the_parent(l)
     single = Grammar.random(8, 3, 1, 3, 1)
     with pytest.raises(ValueError, match="m: must be 2 or more"):
         single.swap(single.sample(5, 0), 1, "synonym")
-    with pytest.raises(ValueError, match="1 to L = 3"):
+    with pytest.raises(ValueError, match="l: must be a whole number from 1 to 3"):
         g.swap(levels, 4, "generic")
 
 
@@ -1842,7 +1842,7 @@ BAD = """
     sweep --depth 2..2147483647 | --v 1 | --v 300 | --s 1 | --s 62 | --seeds 0 | --seeds 2147483647 | --seed 3
     sweep --max-samples 0 | --max-samples 2 | --max-samples ² | --device tpu | --device cuda:99 | --jobs 0 | --zipf -1
     sweep --methods cluster,magic | --methods predictor:steps=0 | --methods data2vec:steps=9 | --out FILE | --out ""
-    sweep --methods data2vec --m 1 | --methods cluster-joint --v 256 --m 256
+    sweep --m 1 --methods data2vec | --m 256 --v 256 --methods cluster-joint
     cluster --samples 0 | --depth 1 | --m 9 | --target leaf | --device tpu | --v two | --depth 24 --samples 1
     cluster --samples 2147483647
     predictor --samples 0 | --codes 3 | --target root | --lr x | --ema 2 | --steps 0 | --m 9 | --hidden 2147483647
