@@ -75,7 +75,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("target_from", choice("residual", "ffn"), "residual", "residual",
             "transformer: the target is the stream after a block, or its feed-forward output"),
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
-    Setting("steps", whole(1), 4000, 262144, "optimiser steps; online, a sweep takes P / batch"),
+    Setting("steps", whole(1), 5000, 262144, "optimiser steps; online, a sweep takes P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
     Setting("mask", real(0, 1), 0.3, 0.15, "probability that a node is hidden; one always is"),
     Setting("mask_block", mask_block, "mixed", 0, "level of the nodes that are hidden, with all "
@@ -84,7 +84,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
-    Setting("cooldown", real(0, 1), 0.25, 0.0, "last share of the steps, in which it falls to 0"),
+    Setting("cooldown", real(0, 1), 0.2, 0.0, "last share of the steps, in which it falls to 0"),
     Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), PROBE_STRINGS, None, "strings a probe is fitted on"),
