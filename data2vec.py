@@ -131,7 +131,7 @@ class Linear(nn.Module):
     def forward(self, *parts):
         out, sizes = self.bias, [h.shape[-1] for h in parts]
         for h, weight in zip(parts, self.weight.split(sizes, 1)):
-            out = torch.baddbmm(out, h.flatten(1, -2), weight)  # (R, n, outputs)
+            out = torch.baddbmm(out, h.flatten(1, -2), weight)              # (R, n, outputs)
         return out.view(*h.shape[:-1], -1)
 
 
@@ -193,7 +193,7 @@ class Tree(nn.Module):
 
     def forward(self, x, randoms=None, ffn=False):
         """All maps; randoms and ffn are the transformer's."""
-        family = *x.shape[:2], -1, self.family
+        family = *x.shape[:2], -1, self.family                  # (R, B, parents, s d)
         # the few rows of the table are normalised instead of every token
         up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
 
@@ -296,17 +296,17 @@ def draw_mask(B, L, s, rate, block, random):
         certain = draw == draw.min(1, keepdim=True).values
         masks.append((certain | (draw < rate)).repeat_interleave(s**level, 1))
     # every string picks one of them
-    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
+    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)  # (B,)
     return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
 
 
 def smooth_l1(prediction, goal):
-    """Two (R, B, n, d) -> (R, B, n)."""
+    """Two (R, B, n, d) -> (R, B, n), the mean over features."""
     return F.smooth_l1_loss(prediction, goal, reduction="none", beta=BETA).mean(-1)
 
 
 def cross_entropy(scores, tokens):
-    """(..., v) and (...) -> (...)."""
+    """Scores (..., v) and tokens (...) -> (...)."""
     error = F.cross_entropy(scores.flatten(0, -2), tokens.flatten(), reduction="none")
     return error.view(tokens.shape)
 
@@ -390,11 +390,12 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
     see = partial(teacher, ffn=settings.target_from == "ffn")
 
     # biases and layer norms don't decay
-    free = [w for name, w in learner.named_parameters() if name.endswith(("gain", "bias"))]
-    decaying = [w for name, w in learner.named_parameters() if not name.endswith(("gain", "bias"))]
-    groups = [{"params": decaying, "weight_decay": settings.decay},
-              {"params": free, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=device != "mps")
+    weights = dict(learner.named_parameters())
+    constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
+    decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
+    groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, betas=BETAS, weight_decay=settings.decay, fused=device != "mps")
     randoms = [stream(seed, 3, device) for seed in seeds]
     stopped = {}  # what has diverged: run -> (step, its weights before it)
 
@@ -424,7 +425,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
         loss.sum().backward()
-        norm = clip_each_run(list(learner.parameters()))
+        norm = clip_each_run(weights.values())
 
         # a run that has diverged keeps the weights it had before this step
         for r in (~(loss + norm).isfinite()).nonzero().flatten().tolist():
@@ -520,7 +521,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
         weights = sum(w.numel() for w in build(1, v, s, L, options).parameters())
     strings = 0 if options.online else P
     measured = options.test_strings + options.probe_strings
-    # bytes; weights stand with teacher, untrained, gradient and the two averages of AdamW
+    # weights stand with teacher, untrained, gradient and the two averages of AdamW
     check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
     check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
     check_memory("width", 6 * 4 * weights, f"{weights} weights")
@@ -617,7 +618,7 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
         for fitted, fresh in zip(features(known[0]), tested):
             predict = linear_probe(pool(fitted, nodes).flatten(0, 1), known[l].flatten(), v)
             answer = predict(pool(fresh, nodes)).argmax(2)
-            right = (answer == test[l]).float()
+            right = (answer == test[l]).float()     # (P, nodes)
             few = len(answer.unique()) < v
             found.append((right[absent].mean().item(), right[~absent].mean().item(), few))
         results.append(max(found))
@@ -627,8 +628,8 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
 def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
-    features: (R, n, d) float; labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
-    All probes start alike and see the same rows and dropout, whatever R."""
+    features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64. All
+    probes start alike and see the same rows and dropout, whatever R."""
     R, n, d = features.shape
     net = TwoLayers(R, d, 2 * d, aligned(v))
     net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
@@ -653,7 +654,7 @@ def measure(models, grammars, seeds, device="cpu"):
     encoders = [model.encoder for model in models] + [model.untrained for model in models]
     pooled, found = [], []
     for encoder, grammar, seed in zip(encoders, grammars * 2, seeds * 2):
-        features = partial(encode, encoder)
+        features = partial(encode, encoder)     # strings -> maps
         accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, settings, device)
         found.append((accuracy, collapsed))
         known = grammar.sample(settings.probe_strings, (seed, 3), device)
@@ -662,7 +663,7 @@ def measure(models, grammars, seeds, device="cpu"):
         pooled.append((*means, known[-1][:, 0], fresh[-1][:, 0]))
 
     # the probes of all roots side by side
-    known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))
+    known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))  # (2 R, n, ..)
     answers = mlp_probe(known, labels, v, settings.probe_steps)(fresh)      # (2 R, n)
     roots = (answers == truth).float().mean(1).tolist()
     for (accuracy, collapsed), root, answer in zip(found, roots, answers):
@@ -680,12 +681,13 @@ def measure(models, grammars, seeds, device="cpu"):
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
     """Runs of the sweep, side by side: [Score], one for each grammar, P and seed; see measure.
 
-    Online runs see P strings in all, each once, so that P / batch is their number of steps."""
+    Online, every one of P strings is seen once: there are P / batch steps."""
     grammars, seeds = list(grammars), list(seeds)
     v, s = grammars[0].v, grammars[0].s
     options = read_settings(SETTINGS, PRESETS, settings)
     if options.online:
         models = []
+        # as many steps as the strings of a run last, so that each trains alone
         for grammar, P, seed in zip(grammars, samples, seeds):
             settings["steps"] = max(1, P // options.batch)
             models += fit_many([grammar], v, s, target, [seed], None, device, **settings)
@@ -704,17 +706,16 @@ def synonym_scores(features, grammar, seed, settings, device="cpu"):
     distance moved by synonyms) / (mean distance moved by any tuple): 1 if synonyms are the same,
     about 0 if they are nothing special, as in an untrained encoder."""
     levels = grammar.sample(min(1024, settings.test_strings), (seed, 1), device)
-    before = features(levels[0])
-    rows = torch.arange(len(levels[0]), device=device)
+    before, strings = features(levels[0]), torch.arange(len(levels[0]), device=device)
     scores = []
     for l in range(1, grammar.L):
-        nodes = grammar.s ** (grammar.L - l)
         moved = []
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
-            after = features(swapped[0])
-            change = [pool(b - a, nodes)[rows, node] for a, b in zip(before, after)]
-            moved.append(torch.stack([c.norm(dim=1).mean() for c in change]))  # (maps,)
+            # of every map, the mean distance that the swapped node of a string moves
+            change = [b - a for a, b in zip(before, features(swapped[0]))]
+            change = [pool(h, grammar.s ** (grammar.L - l))[strings, node] for h in change]
+            moved.append(torch.stack([h.norm(dim=1).mean() for h in change]))
         scores.append((1 - moved[0] / moved[1].clamp(min=1e-12)).max().item())
     return scores
 
