@@ -12,20 +12,17 @@ the whole string. At every hidden position a linear head predicts, from the stud
   several  each of these K maps, all from the student's last map;
   token    the hidden token itself, by cross-entropy: the control, which needs no teacher.
 The encoder `tree` knows which tokens stand under which node, but no rule; `transformer` knows
-nothing. Levels are read from the teacher, see `unseen_synonyms` and `root_probe`.
-
-Own latents and tokens find the tree from about equally many strings; only own latents carry it
-into the last map. The table is in README, more in assets.
+nothing. Own latents and tokens find the tree from about equally many strings; only own latents
+carry it into the last map (tables in README and assets).
 
 Every weight has a leading dimension R: R runs of the same sizes are trained side by side in one
 loop, each with its own strings and seed, because a step of one small network is mostly overhead.
-Time and memory of a step grow like R * batch * s^L * width * hidden; memory also like P * s^L.
 """
 
-import csv
 import os
 from argparse import ArgumentTypeError
 from copy import deepcopy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +30,13 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_memory, choice, given_settings, grammar_from_flags, linear_probe,
-    paper_preset, pick_device, read_settings, real, run_script, switch, tuple_codes, whole,
+    TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings, as_strings,
+    check_memory, choice, given_settings, grammar_from_flags, linear_probe, new_file, paper_preset,
+    pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
 BETAS, CLIP, BETA = (0.9, 0.98), 1.0, 4.0  # AdamW, gradient norm, smooth L1: the paper's
-PROBE_STRINGS = 2048                       # labelled fresh strings that a probe is fitted on
 PIECE = 512                                # strings encoded at a time when measuring
 DRAWN = 100                                # steps whose strings and masks are drawn at once
 
@@ -50,23 +46,24 @@ def mask_block(text):
     return text if text in ("mixed", "top") else whole(0, 24)(text)
 
 
-def eights(high):
-    """An argparse type: a multiple of 8. On a CPU the last bits of a matrix product depend on how
-    its memory is aligned; with such sizes every run is aligned alike, whatever R."""
+def eights(text):
+    """An argparse type: a multiple of 8. The last bits of a matrix product depend on how its memory
+    is aligned; with such sizes every run is aligned alike, whatever R."""
+    number = whole(8, 2**16)(text)
+    if number % 8:
+        raise ArgumentTypeError(f"must be a multiple of 8, not {text}")
+    return number
 
-    def read(text):
-        number = whole(8, high)(text)
-        if number % 8:
-            raise ArgumentTypeError(f"must be a multiple of 8 from 8 to {high}, not {text}")
-        return number
 
-    return read
+def aligned(size):
+    """The next multiple of 8."""
+    return -(-size // 8) * 8
 
 
 SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "tree or transformer"),
-    Setting("width", eights(2**14), 32, 2048, "d, features of a position or node"),
-    Setting("hidden", eights(2**16), 64, 8192, "hidden units of the two-layer networks"),
+    Setting("width", eights, 32, 2048, "d, features of a position or node"),
+    Setting("hidden", eights, 64, 8192, "hidden units of the two-layer networks"),
     Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
     Setting("heads", whole(1, 256), 4, 32, "heads of the transformer's attention"),
     Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
@@ -87,15 +84,13 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("cooldown", real(0, 1), 0.2, 0.0, "last share of the steps, in which it falls to 0"),
     Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
-    Setting("probe_strings", whole(1, 2**20), PROBE_STRINGS, None, "strings a probe is fitted on"),
+    Setting("probe_strings", whole(1, 2**20), 2048, None, "strings a probe is fitted on"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
 PRESETS = {
     "tree": {},
-    "transformer": {
-        "encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
-        "steps": 8000, "lr": 3e-3, "decay": 0.2,
-    },
+    "transformer": {"encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
+                    "steps": 8000, "lr": 3e-3, "decay": 0.2},
     "paper": paper_preset(SETTINGS),
 }
 
@@ -111,10 +106,18 @@ def layer_norm(h):
 
 def pool(h, nodes):
     """(..., n, d) -> (..., nodes, d): means over what stands under a node, or copies beneath it."""
-    n, d = h.shape[-2:]
+    n = h.shape[-2]
     if n > nodes:
         return h.unflatten(-2, (nodes, n // nodes)).mean(-2)
-    return h.unsqueeze(-2).expand(*h.shape[:-1], nodes // n, d).flatten(-3, -2)
+    return h.repeat_interleave(nodes // n, -2)
+
+
+def look_up(table, x):
+    """Rows of R tables: (R, ids, d) and x, (R, B, T) -> (R, B, T, d)."""
+    R, ids, _ = table.shape
+    # all tables in one, that of run r from row r * ids on
+    first = torch.arange(R, device=x.device).view(R, 1, 1) * ids
+    return F.embedding(x + first, table.flatten(0, 1))
 
 
 class Linear(nn.Module):
@@ -123,29 +126,13 @@ class Linear(nn.Module):
     def __init__(self, R, inputs, outputs):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(R, inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(R, 1, outputs))
+        self.bias = nn.Parameter(torch.zeros(R, 1, outputs))
 
     def forward(self, *parts):
-        weights = self.weight.split([h.shape[-1] for h in parts], 1)
-        out = self.bias
-        for h, weight in zip(parts, weights):
-            out = torch.baddbmm(out, h.flatten(1, -2), weight)  # (R, n, outputs)
+        out, sizes = self.bias, [h.shape[-1] for h in parts]
+        for h, weight in zip(parts, self.weight.split(sizes, 1)):
+            out = torch.baddbmm(out, h.flatten(1, -2), weight)              # (R, n, outputs)
         return out.view(*h.shape[:-1], -1)
-
-
-class Embedding(nn.Module):
-    """R tables of vectors: ids (R, B, T) -> (R, B, T, d)."""
-
-    def __init__(self, R, ids, d):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(R, ids, d))
-
-    def forward(self, x, table=None):
-        table = self.weight if table is None else table
-        R, ids, _ = table.shape
-        # all tables in one, that of run r from row r * ids on
-        first = torch.arange(R, device=x.device).view(R, 1, 1) * ids
-        return F.embedding(x + first, table.flatten(0, 1))
 
 
 class LayerNorm(nn.Module):
@@ -153,8 +140,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, R, d):
         super().__init__()
-        self.gain = nn.Parameter(torch.empty(R, 1, 1, d))
-        self.bias = nn.Parameter(torch.empty(R, 1, 1, d))
+        self.gain = nn.Parameter(torch.ones(R, 1, 1, d))
+        self.bias = nn.Parameter(torch.zeros(R, 1, 1, d))
 
     def forward(self, h):
         return torch.addcmul(self.bias, layer_norm(h), self.gain)
@@ -172,25 +159,21 @@ class TwoLayers(nn.Module):
 
 
 def initialise(module, randoms):
-    """Draw the weights of every run from its own generator, so that they don't depend on R.
+    """Draw the weights of every run from its own CPU generator, so that they don't depend on R.
 
-    Xavier for linear maps, no biases, and standard deviation 1 for embeddings: 0.02, usual in
-    language models, does not learn at this size. randoms: R CPU generators."""
+    Xavier for linear maps, and standard deviation 1 for embeddings: 0.02, usual in language
+    models, does not learn at this size. The rest stays as it is."""
     for r, random in enumerate(randoms):
-        for part in module.modules():
-            if isinstance(part, Linear):
-                nn.init.xavier_normal_(part.weight.data[r], generator=random)
-                nn.init.zeros_(part.bias.data[r])
-            if isinstance(part, Embedding):
-                nn.init.normal_(part.weight.data[r], generator=random)
-            if isinstance(part, LayerNorm):
-                nn.init.ones_(part.gain.data[r])
-                nn.init.zeros_(part.bias.data[r])
+        for name, w in module.named_parameters():
+            if name.endswith("weight"):
+                nn.init.xavier_normal_(w.data[r], generator=random)
+            elif name.endswith(("embed", "position")):
+                nn.init.normal_(w.data[r], generator=random)
     return module
 
 
 # --------------------------------------------------------------------------------------------------
-# two encoders: tokens (R, B, T), the number v for a hidden one -> their last maps, layer-normalised
+# two encoders: tokens (R, B, T), the number v for a hidden one -> their maps, layer-normalised
 
 
 class Tree(nn.Module):
@@ -203,32 +186,37 @@ class Tree(nn.Module):
     def __init__(self, R, v, s, L, settings):
         super().__init__()
         d, hidden = settings.width, settings.hidden
-        self.s = s
-        self.embed = Embedding(R, v + 1, d)
+        self.family = s * d     # features of siblings, one after the other
+        self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
 
-    def families(self, h):
-        """(R, B, n, d) -> (R, B, n/s, s d): the children of a node one after the other."""
-        return h.unflatten(2, (-1, self.s)).flatten(3)
-
-    def forward(self, x, top, randoms=None, ffn=False):
-        """The last top maps; randoms and ffn are the transformer's."""
+    def forward(self, x, randoms=None, ffn=False):
+        """All maps; randoms and ffn are the transformer's."""
+        family = *x.shape[:2], -1, self.family                  # (R, B, parents, s d)
         # the few rows of the table are normalised instead of every token
-        up = [self.embed(x, layer_norm(self.embed.weight))]     # (R, B, T, d)
+        up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
 
         # up: what stands under a node
         for net in self.up:
-            up.append(layer_norm(net(self.families(up[-1]))))   # (R, B, s^(L-l), d)
+            up.append(layer_norm(net(up[-1].view(family))))     # (R, B, s^(L-l), d)
         context = up.pop()                                      # (R, B, 1, d), the root
 
         # down: what stands around it, too
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
-            change = net(self.families(h), context)             # (R, B, s^(L-l-1), s d)
+            change = net(h.view(family), context)               # (R, B, s^(L-l-1), s d)
             context = layer_norm(h + change.view_as(h))
             maps.append(context)
-        return maps[-top:]
+        return maps
+
+
+def dropout(h, rate, randoms):
+    """Every run draws from its own generator; without generators nothing is dropped."""
+    if not randoms or rate == 0:
+        return h
+    draws = [torch.rand(h.shape[1:], generator=random, device=h.device) for random in randoms]
+    return h * (torch.stack(draws) >= rate) / (1 - rate)
 
 
 class Block(nn.Module):
@@ -236,14 +224,13 @@ class Block(nn.Module):
 
     def __init__(self, R, T, settings):
         super().__init__()
-        d, heads = settings.width, settings.heads
-        self.heads, self.dropout = heads, settings.dropout
+        d, self.heads, self.rate = settings.width, settings.heads, settings.dropout
         self.norm1, self.norm2 = LayerNorm(R, d), LayerNorm(R, d)
         self.qkv, self.out = Linear(R, d, 3 * d), Linear(R, d, d)
         self.ffn = TwoLayers(R, d, settings.hidden, d)
         self.bias = None
         if settings.attention_bias:
-            self.bias = nn.Parameter(torch.zeros(R, 1, heads, T, T))
+            self.bias = nn.Parameter(torch.zeros(R, 1, self.heads, T, T))
 
     def attend(self, h):
         """(R, B, T, d) -> (R, B, T, d): every position mixes what all positions hold."""
@@ -259,16 +246,9 @@ class Block(nn.Module):
 
     def forward(self, h, randoms):
         """Returns the stream after the block, and the feed-forward output that was added to it."""
-        h = h + self.drop(self.attend(self.norm1(h)), randoms)
+        h = h + dropout(self.attend(self.norm1(h)), self.rate, randoms)
         out = self.ffn(self.norm2(h))
-        return h + self.drop(out, randoms), out
-
-    def drop(self, h, randoms):
-        """Dropout while training, which is when there are generators to draw it from."""
-        if randoms is None or self.dropout == 0:
-            return h
-        draws = [torch.rand(h.shape[1:], generator=random, device=h.device) for random in randoms]
-        return h * (torch.stack(draws) >= self.dropout) / (1 - self.dropout)
+        return h + dropout(out, self.rate, randoms), out
 
 
 class Transformer(nn.Module):
@@ -276,19 +256,19 @@ class Transformer(nn.Module):
 
     def __init__(self, R, v, s, L, settings):
         super().__init__()
-        T = s**L
-        self.embed = Embedding(R, v + 1, settings.width)
-        self.position = Embedding(R, T, settings.width)
+        T, d = s**L, settings.width
+        self.embed = nn.Parameter(torch.empty(R, v + 1, d))
+        self.position = nn.Parameter(torch.empty(R, T, d))
         self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
-    def forward(self, x, top, randoms=None, ffn=False):
-        """The last top maps; randoms: for dropout; ffn: feed-forward outputs as maps instead."""
-        h = self.embed(x) + self.position.weight[:, None]   # (R, B, T, d)
+    def forward(self, x, randoms=None, ffn=False):
+        """All maps; randoms: for dropout; ffn: feed-forward outputs as maps instead."""
+        h = look_up(self.embed, x) + self.position[:, None]     # (R, B, T, d)
         maps = []
         for block in self.blocks:
             h, out = block(h, randoms)
             maps.append(out if ffn else h)
-        return [layer_norm(h) for h in maps[-top:]]
+        return [layer_norm(h) for h in maps]
 
 
 def build(R, v, s, L, settings):
@@ -301,41 +281,33 @@ def build(R, v, s, L, settings):
 # what is hidden, and how far a prediction is off
 
 
-def check_mask_block(block, L):
-    """Raises ValueError unless draw_mask knows the word, or the nodes are smaller than a string."""
-    if block not in ("mixed", "top", *range(L)):
-        allowed = f"from 0 to depth-1 = {L - 1}, top or mixed"
-        raise ValueError(f"mask-block: must be {allowed}, not {block}")
-
-
 def draw_mask(B, L, s, rate, block, random):
     """(B, s^L) bool on the generator's device, True where a token is hidden.
 
-    Every node of level block is hidden with probability rate, that is all s^block tokens beneath
-    it, and one node in every string for certain. Level 0 hides single tokens, whose siblings are
-    mostly visible; level L-2, "top", leaves only cousins of the highest level to predict from.
-    "mixed": every string draws its level from 0..L-2, so siblings are hidden on every level."""
+    Every node of level block is hidden with probability rate, with all s^block tokens beneath it,
+    and one node in every string for certain. Level 0 hides single tokens, whose siblings are mostly
+    visible; "top", level L-2, leaves only cousins of the highest level to predict from; "mixed":
+    every string draws its level from 0..L-2, so siblings are hidden on every level."""
     # one mask of each level that may be drawn
-    words = {"mixed": range(L - 1), "top": [L - 2]}
+    levels = {"mixed": range(L - 1), "top": [L - 2]}.get(block, [block])
     masks = []
-    for level in words.get(block, [block]):
+    for level in levels:
         draw = torch.rand(B, s ** (L - level), generator=random, device=random.device)
         certain = draw == draw.min(1, keepdim=True).values
-        hidden = certain | (draw < rate)
-        masks.append(hidden.repeat_interleave(s**level, 1))
+        masks.append((certain | (draw < rate)).repeat_interleave(s**level, 1))
     # every string picks one of them
-    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
+    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)  # (B,)
     return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
 
 
 def smooth_l1(prediction, goal):
-    """Two (R, B, n, d) -> (R, B, n)."""
+    """Two (R, B, n, d) -> (R, B, n), the mean over features."""
     return F.smooth_l1_loss(prediction, goal, reduction="none", beta=BETA).mean(-1)
 
 
 def cross_entropy(scores, tokens):
-    """(R, B, T, v) and (R, B, T) -> (R, B, T)."""
-    error = F.cross_entropy(scores.flatten(0, 2), tokens.flatten(), reduction="none")
+    """Scores (..., v) and tokens (...) -> (...)."""
+    error = F.cross_entropy(scores.flatten(0, -2), tokens.flatten(), reduction="none")
     return error.view(tokens.shape)
 
 
@@ -361,11 +333,10 @@ def batches(xs, L, s, seeds, settings, device):
     steps at a time and from its own generators, so that its draws don't depend on the others."""
     T, B = s**L, settings.batch
     n = max(1, min(DRAWN, 2**22 // (B * T)))  # steps drawn at once
-    picks = [stream(seed, 1, device) for seed in seeds]
-    masks = [stream(seed, 2, device) for seed in seeds]
+    randoms = [(stream(seed, 1, device), stream(seed, 2, device)) for seed in seeds]
     for start in range(0, settings.steps, n):
         x, hidden = [], []
-        for run, pick, mask, seed in zip(xs, picks, masks, seeds):
+        for run, seed, (pick, mask) in zip(xs, seeds, randoms):
             if isinstance(run, Grammar):
                 drawn = run.sample(n * B, (seed, 2, start), device)[0]
             else:
@@ -373,7 +344,7 @@ def batches(xs, L, s, seeds, settings, device):
             x.append(drawn.view(n, B, T))
             drawn = draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask)
             hidden.append(drawn.view(n, B, T))
-        x, hidden = torch.stack(x, 1), torch.stack(hidden, 1)  # (n, R, B, T)
+        x, hidden = torch.stack(x, 1), torch.stack(hidden, 1)   # (n, R, B, T)
         for i in range(min(n, settings.steps - start)):
             yield x[i].long(), hidden[i]
 
@@ -383,11 +354,6 @@ def learning_rate(step, settings):
     rise = step / settings.warmup
     fall = (settings.steps + 1 - step) / max(1, settings.cooldown * settings.steps)
     return settings.lr * min(1, rise, fall)
-
-
-def aligned(size):
-    """The next multiple of 8, see eights."""
-    return -(-size // 8) * 8
 
 
 def clip_each_run(weights):
@@ -410,63 +376,61 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
     """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars.
 
     Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
-    run the step at which it stopped because its loss or gradient was not finite, or 0."""
-    # student, heads and teacher
-    R, T = len(xs), s**L
+    run the step whose loss or gradient was not finite, which is where it stops, or 0."""
+    # student, heads, and the teacher, which starts as the student
+    R, T, d = len(xs), s**L, settings.width
     K = min(settings.top, L if settings.encoder == "tree" else settings.layers)
-    starts = [stream(seed, 0) for seed in seeds]
-    student = initialise(build(R, v, s, L, settings), starts).to(device)
-    outputs = v if target == "token" else settings.width
     count = K if target in ("stacked", "several") else 1
-    heads = nn.ModuleList(Linear(R, settings.width, aligned(outputs)) for _ in range(count))
-    heads = initialise(heads, starts).to(device)
+    outputs = aligned(v) if target == "token" else d
+    student = build(R, v, s, L, settings)
+    heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
+    learner = nn.ModuleList([student, heads])
+    initialise(learner, [stream(seed, 0) for seed in seeds]).to(device)
     teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
-    ffn = settings.target_from == "ffn"
-    distance = cross_entropy if target == "token" else smooth_l1
+    see = partial(teacher, ffn=settings.target_from == "ffn")
 
-    # AdamW; biases and layer norms don't decay
-    named = [*student.named_parameters(), *heads.named_parameters()]
-    weights = [w for _, w in named]
-    decaying = [w for name, w in named if name.endswith("weight")]
-    constant = [w for name, w in named if not name.endswith("weight")]
+    # biases and layer norms don't decay
+    weights = dict(learner.named_parameters())
+    constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
+    decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, settings.lr, BETAS, weight_decay=settings.decay,
-                                  fused=device != "mps")
+    optimizer = torch.optim.AdamW(
+        groups, betas=BETAS, weight_decay=settings.decay, fused=device != "mps")
     randoms = [stream(seed, 3, device) for seed in seeds]
-    diverged, stopped = [0] * R, {}
+    stopped = {}  # what has diverged: run -> (step, its weights before it)
 
     for step, (x, hidden) in enumerate(batches(xs, L, s, seeds, settings, device), 1):
         # the teacher sees whole strings, and nothing flows back into it
         with torch.no_grad():
             if target == "token":
-                goals = [x]
+                goals = [x]                                             # (R, B, T)
             elif target == "latent":
-                maps = teacher(x, K, ffn=ffn)
-                goals = [sum(pool(h, T) for h in maps) / K]             # (R, B, T, d)
+                goals = [sum(pool(h, T) for h in see(x)[-K:]) / K]      # (R, B, T, d)
             elif target == "several":
-                goals = [pool(h, T) for h in teacher(x, K, ffn=ffn)]
+                goals = [pool(h, T) for h in see(x)[-K:]]
             elif target == "stacked":
-                goals = teacher(x, K, ffn=ffn)                          # each (R, B, n, d)
+                goals = see(x)[-K:]                                     # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
-        maps = student(x.masked_fill(hidden, v), K, randoms)
-        sources = maps if target == "stacked" else maps[-1:] * count
+        maps = student(x.masked_fill(hidden, v), randoms)
+        sources = maps[-K:] if target == "stacked" else maps[-1:] * count
         loss = 0
         for h, head, goal in zip(sources, heads, goals):
-            prediction = head(h)[..., :outputs]
-            error = distance(prediction, goal)                          # (R, B, n)
+            if target == "token":
+                error = cross_entropy(head(h)[..., :v], goal)           # (R, B, T)
+            else:
+                error = smooth_l1(head(h), goal)                        # (R, B, n)
             loss = loss + mean_where(hidden, error)                     # (R,), one for every run
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
         loss.sum().backward()
-        norm = clip_each_run(weights)
+        norm = clip_each_run(weights.values())
 
         # a run that has diverged keeps the weights it had before this step
         for r in (~(loss + norm).isfinite()).nonzero().flatten().tolist():
-            if not diverged[r]:
-                diverged[r] = step
-                stopped[r] = [w[r].clone() for w in teacher.parameters()]
+            if r not in stopped:
+                stopped[r] = step, [w[r].clone() for w in teacher.parameters()]
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -475,14 +439,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         follow(teacher, student, settings.ema)
         if watch:
             watch(step, loss.detach(), teacher)
-        if all(diverged):
+        if len(stopped) == R:
             break
 
     # what diverged goes back to where it stopped
-    for r, kept in stopped.items():
+    for r, (_, kept) in stopped.items():
         for w, before in zip(teacher.parameters(), kept):
             w[r] = before
-    return teacher, untrained, diverged
+    return teacher, untrained, [stopped[r][0] if r in stopped else 0 for r in range(R)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -497,16 +461,15 @@ class Data2vec:
         self.encoder, self.untrained, self.diverged = encoder, untrained, diverged
 
     def __repr__(self):
-        sizes = f"v={self.v} s={self.s} L={self.L}"
-        end = f", diverged at step {self.diverged}" if self.diverged else ""
-        return f"Data2vec({sizes}, target {self.target}, {self.settings.encoder}{end})"
+        sizes = f"v={self.v}, s={self.s}, L={self.L}, encoder={self.settings.encoder}"
+        return f"Data2vec(target={self.target}, {sizes}, diverged={self.diverged})"
 
     def features(self, x):
         """Strings (P, s^L) -> the teacher's maps, coarsest or first layer first.
 
         A list of (P, n, d) float32 tensors, each layer-normalised: n = s, s^2, ..., s^L nodes for
-        the tree, always s^L positions for the transformer. Raises ValueError as as_strings does,
-        or if the strings have another length than those of training."""
+        the tree, always s^L positions for the transformer. Raises ValueError for strings that
+        as_strings refuses, or of another length than those of training."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
             raise ValueError(f"x: strings must have {self.s**self.L} symbols, not {x.shape[1]}")
@@ -514,10 +477,10 @@ class Data2vec:
 
     def save(self, file):
         """Write sizes, settings and the teacher's weights; the file is complete or not there."""
-        sizes = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
-        weights = {name: w.cpu() for name, w in self.encoder.state_dict().items()}
-        torch.save({**sizes, "settings": vars(self.settings), "weights": weights}, f"{file}.part")
-        os.replace(f"{file}.part", file)
+        saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
+        saved["settings"] = vars(self.settings)
+        saved["weights"] = {name: w.cpu() for name, w in self.encoder.state_dict().items()}
+        write_whole(file, partial(torch.save, saved))
 
 
 def load(file):
@@ -525,47 +488,52 @@ def load(file):
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         settings = read_settings(SETTINGS, PRESETS, saved["settings"])
-        sizes = [int(saved[name]) for name in ("v", "s", "L")]
-        check_size(*sizes[:2], 2, sizes[2], 1, saved["target"], **saved["settings"])
-        encoder = build(1, *sizes, settings).requires_grad_(False)
+        v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
+        check_size(v, s, 2, L, 1, target, **saved["settings"])
+        encoder = build(1, v, s, L, settings).requires_grad_(False)
         encoder.load_state_dict(saved["weights"])
     except OSError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(*sizes, saved["target"], settings, encoder)
+    return Data2vec(v, s, L, target, settings, encoder)
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
-    """Raises ValueError, naming the flag, unless one run fits into grammar.MEMORY.
-
-    Counted are strings with their levels, weights with their copies (student, teacher, untrained,
-    gradient, two of AdamW), and what a training step keeps for its gradient."""
-    settings = read_settings(SETTINGS, PRESETS, settings)
+    """Raises ValueError, naming the flag, unless one run works and fits into grammar.MEMORY."""
+    options = read_settings(SETTINGS, PRESETS, settings)
+    T, d, hidden, heads = s**L, options.width, options.hidden, options.heads
     if target not in TARGETS:
         raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
-    check_mask_block(settings.mask_block, L)
     if m == 1:
         raise ValueError("m: must be 2 or more here, since a single rule has no synonym to measure")
-    if settings.encoder == "transformer" and settings.width % settings.heads:
-        heads, width = settings.heads, settings.width
-        raise ValueError(f"width: must be a multiple of heads = {heads}, not {width}")
-    T, d, hidden = s**L, settings.width, settings.hidden
-    strings = 0 if settings.online else P
+    if options.mask_block not in ("mixed", "top", *range(L)):
+        raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed")
+
+    # numbers that a token leaves in the maps, and in a step for its gradient
+    kept, numbers = 2 * d, 4 * (8 * d + 3 * hidden)
+    if options.encoder == "transformer":
+        if d % heads:
+            raise ValueError(f"width: must be a multiple of heads = {heads}, not {d}")
+        kept, numbers = options.layers * d, options.layers * (14 * d + 3 * hidden + 4 * heads * T)
+    with torch.device("meta"):  # shapes without memory
+        weights = sum(w.numel() for w in build(1, v, s, L, options).parameters())
+    strings = 0 if options.online else P
+    measured = options.test_strings + options.probe_strings
+    # weights stand with teacher, untrained, gradient and the two averages of AdamW
     check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
-    maps = 2 if settings.encoder == "tree" else settings.layers
-    tests = settings.test_strings + settings.probe_strings
-    check_memory("test-strings", 4 * tests * T * d * maps, f"features of {tests} strings")
-    if settings.encoder == "tree":
-        weights = 2 * L * ((s + 1) * d * hidden + hidden * s * d)
-        position = 4 * (8 * d + 3 * hidden)
-    else:
-        weights = settings.layers * (4 * d * d + 2 * d * hidden + 13 * d) + T * d
-        position = settings.layers * (14 * d + 3 * hidden + 4 * settings.heads * T)
-    # student, teacher, untrained, gradient and the two averages of AdamW, 4 bytes each
+    check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
     check_memory("width", 6 * 4 * weights, f"{weights} weights")
-    check_memory("batch", 4 * settings.batch * T * position, f"a step of {settings.batch} strings")
+    check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
+
+
+def one_run(encoders, r):
+    """A copy of encoder r of R."""
+    encoder = deepcopy(encoders)
+    for w in encoder.parameters():
+        w.data = w.data[r : r + 1].clone()
+    return encoder
 
 
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **settings):
@@ -575,30 +543,31 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     strings. seeds: one for each. watch(step, loss, teacher), if given, is called after every step
     with the R losses and the R teachers in one encoder. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
-    Raises ValueError for strings, sizes or settings that can't be."""
+    Raises ValueError, naming the argument, if something does not fit."""
     options = read_settings(SETTINGS, PRESETS, settings)
-    runs, depths = [], []
+    runs, sizes, L, P = [], set(), 0, 1
     for x in xs:
-        x, L = (x, x.L) if isinstance(x, Grammar) else as_strings(x, v, s)
-        runs.append(x if isinstance(x, Grammar) else x.to(device))
-        depths.append(L)
-    grammars = [x for x in runs if isinstance(x, Grammar)]
-    if len(set(depths)) != 1 or any((g.v, g.s) != (v, s) for g in grammars):
+        if isinstance(x, Grammar):
+            L = x.L
+            sizes.add((x.v, x.s, L))
+        elif options.online:
+            raise ValueError("online: needs a Grammar in place of x")
+        else:
+            x, L = as_strings(x, v, s)
+            sizes.add((v, s, L))
+            x, P = x.to(device), max(P, len(x))
+        runs.append(x)
+    if sizes != {(v, s, L)}:
         raise ValueError("x: all runs must have the same v, s and length of strings")
     if len(seeds) != len(runs):
         raise ValueError(f"seeds: must be one for each of {len(runs)} runs, not {len(seeds)}")
-    if options.online and len(grammars) < len(runs):
-        raise ValueError("online: needs a Grammar in place of x")
-    P = max(1 if isinstance(x, Grammar) else len(x) for x in runs)
-    check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
-    trained = train(runs, v, s, L, target, seeds, options, device, watch)
-    # each run gets encoders of its own, R = 1
+    # of anyone's strings m is not known
+    check_size(v, s, 2, L, P, target, **settings)
+
+    teacher, untrained, diverged = train(runs, v, s, L, target, seeds, options, device, watch)
     models = []
-    for r, step in enumerate(trained[2]):
-        own = [build(1, v, s, L, options).to(device).requires_grad_(False) for _ in range(2)]
-        for encoder, stacked in zip(own, trained):
-            for w, every in zip(encoder.parameters(), stacked.parameters()):
-                w.copy_(every[r : r + 1])
+    for r, step in enumerate(diverged):
+        own = one_run(teacher, r), one_run(untrained, r)
         models.append(Data2vec(v, s, L, target, options, *own, step))
     return models
 
@@ -620,7 +589,7 @@ def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", **settings):
 @torch.no_grad()
 def encode(encoder, x):
     """One encoder, strings (P, T) -> all its maps, each (P, n, d) and layer-normalised."""
-    pieces = [encoder(part.long()[None], 100) for part in x.split(PIECE)]
+    pieces = [encoder(part.long()[None]) for part in x.split(PIECE)]
     return [torch.cat(maps, 1)[0] for maps in zip(*pieces)]
 
 
@@ -630,28 +599,27 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     features: strings (P, T) -> a list of (P, n, d). A linear probe reads h^(l) from the features of
     its node. It is fitted on strings in which one rule of every level-l symbol never occurs. unseen
     is its accuracy on the tuples that this rule makes: it can only be right if synonyms look
-    alike. seen is its accuracy on the other tuples, whose parent it can look up: no proof of
-    anything. Of several maps the best counts, for every target and for no training alike.
-    collapsed: whether the probe answers with fewer than v symbols. Raises ValueError if m = 1."""
-    if grammar.m == 1:
-        raise ValueError("m: must be 2 or more here, since a single rule has no synonym to measure")
+    alike. seen is that on the other tuples, whose parent it can look up: no proof of anything. Of
+    several maps the best counts. collapsed: whether the probe answers with fewer than v symbols.
+    Raises ValueError if m = 1."""
+    v, s, L = grammar.v, grammar.s, grammar.L
     test = grammar.sample(settings.test_strings, (seed, 1), device)
     tested = features(test[0])
     results = []
-    for l in range(1, grammar.L):
+    for l in range(1, L):
         # fit on strings without rule 0 of every symbol
-        probe = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
-        tuples = tuple_codes(test[l - 1].unflatten(1, (-1, grammar.s)), grammar.v)
-        absent = torch.isin(tuples, tuple_codes(grammar.rules[l - 1][:, 0].to(device), grammar.v))
-        nodes = grammar.s ** (grammar.L - l)
+        known = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
+        rule = tuple_codes(grammar.rules[l - 1][:, 0].to(device), v)
+        tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
+        absent, nodes = torch.isin(tuples, rule), s ** (L - l)
 
         # and ask about the tuples that only this rule makes
         found = []
-        for fitted, fresh in zip(features(probe[0]), tested):
-            predict = linear_probe(pool(fitted, nodes).flatten(0, 1), probe[l].flatten(), grammar.v)
+        for fitted, fresh in zip(features(known[0]), tested):
+            predict = linear_probe(pool(fitted, nodes).flatten(0, 1), known[l].flatten(), v)
             answer = predict(pool(fresh, nodes)).argmax(2)
-            right = (answer == test[l]).float()
-            few = len(answer.unique()) < grammar.v
+            right = (answer == test[l]).float()     # (P, nodes)
+            few = len(answer.unique()) < v
             found.append((right[absent].mean().item(), right[~absent].mean().item(), few))
         results.append(max(found))
     return [list(column) for column in zip(*results)]
@@ -660,8 +628,8 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
 def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
-    features: (R, n, d) float; labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
-    All probes start alike and see the same rows and dropout, whatever R."""
+    features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64. All
+    probes start alike and see the same rows and dropout, whatever R."""
     R, n, d = features.shape
     net = TwoLayers(R, d, 2 * d, aligned(v))
     net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
@@ -671,192 +639,169 @@ def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
         rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
         hidden = F.gelu(net.first(features.index_select(1, rows))) * keep
-        scores = net.second(hidden)[..., :v]                      # (R, batch, v)
-        truth = labels.index_select(1, rows).long()               # (R, batch)
-        error = cross_entropy(scores[:, None], truth[:, None])    # (R, 1, batch)
+        scores = net.second(hidden)[..., :v]                            # (R, batch, v)
+        error = cross_entropy(scores, labels.index_select(1, rows).long())
         optimizer.zero_grad()
-        error.mean(2).sum().backward()  # every probe by its own mean, as if it were alone
+        error.mean(1).sum().backward()  # every probe by its own mean, as if it were alone
         optimizer.step()
     return lambda h: net(h)[..., :v].argmax(2)
 
 
-def root_probe(encoders, grammars, seeds, settings, device="cpu"):
-    """The paper's measure: the root by an MLP probe of the last map, averaged over positions.
-
-    Returns (accuracy, collapsed), two lists with an entry for each of the R encoders."""
-    train, test, label, truth = [], [], [], []
-    for encoder, grammar, seed in zip(encoders, grammars, seeds):
-        labelled = grammar.sample(settings.probe_strings, (seed, 3), device)
-        fresh = grammar.sample(settings.test_strings, (seed, 1), device)
-        train.append(encode(encoder, labelled[0])[-1].mean(1))  # (n, d)
-        test.append(encode(encoder, fresh[0])[-1].mean(1))
-        label.append(labelled[-1][:, 0])
-        truth.append(fresh[-1][:, 0])
-    v = grammars[0].v
-    predict = mlp_probe(torch.stack(train), torch.stack(label), v, settings.probe_steps)
-    answer = predict(torch.stack(test))  # (R, n)
-    accuracy = (answer == torch.stack(truth)).float().mean(1).tolist()
-    return accuracy, [len(a.unique()) < v for a in answer]
-
-
 def measure(models, grammars, seeds, device="cpu"):
-    """[Score] of what fit_many returned: the levels 1..L-1 by unseen synonyms, and level L, the
-    root, by the paper's probe; floor is the same of the untrained encoders."""
-    settings, L = models[0].settings, models[0].L
+    """[Score] of what fit_many returned: levels 1..L-1 by unseen synonyms, and level L, the root,
+    by the paper's MLP probe of the last map, averaged over positions. floor: those untrained."""
+    settings, v, R = models[0].settings, models[0].v, len(models)
     encoders = [model.encoder for model in models] + [model.untrained for model in models]
-    roots, poor = root_probe(encoders, grammars * 2, seeds * 2, settings, device)
+    pooled, found = [], []
+    for encoder, grammar, seed in zip(encoders, grammars * 2, seeds * 2):
+        features = partial(encode, encoder)     # strings -> maps
+        accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, settings, device)
+        found.append((accuracy, collapsed))
+        known = grammar.sample(settings.probe_strings, (seed, 3), device)
+        fresh = grammar.sample(settings.test_strings, (seed, 1), device)
+        means = [features(levels[0])[-1].mean(1) for levels in (known, fresh)]  # (n, d)
+        pooled.append((*means, known[-1][:, 0], fresh[-1][:, 0]))
+
+    # the probes of all roots side by side
+    known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))  # (2 R, n, ..)
+    answers = mlp_probe(known, labels, v, settings.probe_steps)(fresh)      # (2 R, n)
+    roots = (answers == truth).float().mean(1).tolist()
+    for (accuracy, collapsed), root, answer in zip(found, roots, answers):
+        accuracy.append(root)
+        collapsed.append(len(answer.unique()) < v)
+
     scores = []
-    for encoder, grammar, seed, root, few in zip(encoders, grammars * 2, seeds * 2, roots, poor):
-        unseen, _, collapsed = unseen_synonyms(
-            lambda x: encode(encoder, x), grammar, seed, settings, device)
-        scores.append((unseen + [root], collapsed + [few]))
-    R, results = len(models), []
-    for model, (accuracy, collapsed), (floor, _) in zip(models, scores[:R], scores[R:]):
+    for model, (accuracy, collapsed), (floor, _) in zip(models, found[:R], found[R:]):
         if model.diverged:
-            accuracy, collapsed = [0.0] * L, [False] * L
-        results.append(Score(accuracy, collapsed, floor, model.diverged))
-    return results
+            accuracy, collapsed = [0.0] * model.L, [False] * model.L
+        scores.append(Score(accuracy, collapsed, floor, model.diverged))
+    return scores
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
     """Runs of the sweep, side by side: [Score], one for each grammar, P and seed; see measure.
 
-    Online runs see P strings in all, each once, so that P / batch is their number of steps."""
+    Online, every one of P strings is seen once: there are P / batch steps."""
     grammars, seeds = list(grammars), list(seeds)
-    first = grammars[0]
+    v, s = grammars[0].v, grammars[0].s
     options = read_settings(SETTINGS, PRESETS, settings)
     if options.online:
         models = []
+        # as many steps as the strings of a run last, so that each trains alone
         for grammar, P, seed in zip(grammars, samples, seeds):
-            own = {**settings, "steps": max(1, P // options.batch)}
-            models += fit_many([grammar], first.v, first.s, target, [seed], None, device, **own)
+            settings["steps"] = max(1, P // options.batch)
+            models += fit_many([grammar], v, s, target, [seed], None, device, **settings)
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
-        models = fit_many(xs, first.v, first.s, target, seeds, None, device, **settings)
+        models = fit_many(xs, v, s, target, seeds, None, device, **settings)
     return measure(models, grammars, seeds, device)
 
 
 @torch.no_grad()
-def synonym_scores(encoder, grammar, seed, settings, device="cpu", strings=1024):
+def synonym_scores(features, grammar, seed, settings, device="cpu"):
     """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: a list of float.
 
     A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, always another one,
-    and all below is resampled. The state that may move is the map averaged under the node. C_l is
-    1 - (mean distance moved by synonyms) / (mean distance moved by any tuple): 1 if synonyms are
-    the same, about 0 if they are nothing special, as in an untrained encoder."""
-    levels = grammar.sample(min(strings, settings.test_strings), (seed, 1), device)
-    before = encode(encoder, levels[0])
-    rows = torch.arange(len(levels[0]), device=device)
+    and all below is resampled. What may move is the map averaged under the node. C_l is 1 - (mean
+    distance moved by synonyms) / (mean distance moved by any tuple): 1 if synonyms are the same,
+    about 0 if they are nothing special, as in an untrained encoder."""
+    levels = grammar.sample(min(1024, settings.test_strings), (seed, 1), device)
+    before, strings = features(levels[0]), torch.arange(len(levels[0]), device=device)
     scores = []
     for l in range(1, grammar.L):
-        nodes = grammar.s ** (grammar.L - l)
         moved = []
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
-            after = encode(encoder, swapped[0])
-            change = [pool(b - a, nodes)[rows, node] for a, b in zip(before, after)]
-            moved.append(torch.stack([c.norm(dim=1).mean() for c in change]))  # (maps,)
+            # of every map, the mean distance that the swapped node of a string moves
+            change = [b - a for a, b in zip(before, features(swapped[0]))]
+            change = [pool(h, grammar.s ** (grammar.L - l))[strings, node] for h in change]
+            moved.append(torch.stack([h.norm(dim=1).mean() for h in change]))
         scores.append((1 - moved[0] / moved[1].clamp(min=1e-12)).max().item())
     return scores
 
 
-def spread(encoder, x, top):
+def spread(features, x, top):
     """Does the target collapse? (standard deviation, effective rank) of the latent target of
     strings x, over positions and strings: the root mean square over its d features, and
     exp(entropy of the covariance's normalised eigenvalues), from 1 to d. In float64 on the CPU."""
-    maps = encode(encoder, x)[-top:]
-    target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)  # (P, T, d)
-    covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
-    if not covariance.isfinite().all():
+    maps = features(x)[-top:]
+    target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)         # (P, T, d)
+    if not target.isfinite().all():
         return float("nan"), float("nan")
+    covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)
-    share = eigenvalues / eigenvalues.sum()
-    return eigenvalues.mean().sqrt().item(), torch.special.entr(share).sum().exp().item()
+    entropy = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
+    return eigenvalues.mean().sqrt().item(), entropy.exp().item()
 
 
 # --------------------------------------------------------------------------------------------------
 # alone
 
 
-def check_files(parser, args):
-    """--trace and --save must be two files that can be written; found out before the training."""
-    if args.trace and args.save and os.path.realpath(args.trace) == os.path.realpath(args.save):
-        parser.error("argument --save: must not be the file of --trace")
-    for flag in ("trace", "save"):
-        file = getattr(args, flag)
-        if file is None:
-            continue
-        place = file if os.path.exists(file) else os.path.dirname(os.path.abspath(file))
-        if os.path.isdir(file) or not os.access(place, os.W_OK):
-            parser.error(f"argument --{flag}: cannot write {file!r}")
-
-
 def main():
     parser = Parser(__doc__)
     add_grammar_flags(parser, m=3, samples=2048)
-    parser.add_argument("--target", choices=TARGETS, default="latent", help="what is predicted")
+    add = parser.add_argument
+    add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
-    parser.add_argument("--trace", metavar="FILE.csv", help="write what is printed to this file")
-    parser.add_argument("--save", metavar="FILE.pt", help="write the trained encoder to this file")
+    add("--trace", metavar="FILE.csv", type=new_file, help="write what is printed to this file")
+    add("--save", metavar="FILE.pt", type=new_file, help="write the trained encoder to this file")
     args = parser.parse_args()
     grammar = grammar_from_flags(parser, args)
     device = pick_device(parser, args.device)
     given = given_settings(SETTINGS, args)
-    v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
+    v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     try:
-        settings = read_settings(SETTINGS, PRESETS, given)
         check_size(v, s, m, L, P, args.target, **given)
+        if args.save and os.path.realpath(args.save) == os.path.realpath(args.trace or os.devnull):
+            raise ValueError("save: must be another file than that of --trace")
     except ValueError as error:
         parser.error(f"argument --{error}")
-    check_files(parser, args)
 
-    strings = f"{P} strings"
-    if settings.online:
-        strings = "always fresh strings"
-    print(f"{strings} of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3};", end=" ")
-    print(f"target {args.target}, {settings.encoder} encoder")
-    print("unseen l: level l read from tuples that the probe never saw; synonyms l: their score\n")
+    # while it trains, measured on fewer strings
+    settings, quick = (read_settings(SETTINGS, PRESETS, given) for _ in range(2))
+    quick.test_strings = min(PIECE, settings.test_strings)
+    shown = grammar.sample(quick.test_strings, (seed, 1), device)[0]
+    x = grammar if settings.online else grammar.sample(P, seed, device)[0]
+    strings = "always fresh" if settings.online else P
+    print(f"{strings} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
+    print(f"target {args.target}, {settings.encoder} encoder; by level, the best of its maps:")
+    print("unseen: read from tuples that the probe never saw; synonyms: their score\n")
+
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
-    print("    step     loss  target std   rank" + "".join(f"{name:>12}" for name in columns))
-    trace = open(args.trace or os.devnull, "w", newline="")
-    table = csv.writer(trace, lineterminator="\n")
-    table.writerow(["step", "loss", "target std", "rank", *columns])
-
-    few = {**given, "test_strings": min(PIECE, settings.test_strings)}
-    quick = read_settings(SETTINGS, PRESETS, few)
-    shown = grammar.sample(quick.test_strings, (args.seed, 1), device)[0]
+    columns = ["step", "loss", "target std", "rank", *columns]
+    print("".join(f"{name:>12}" for name in columns))
     bar = tqdm(total=settings.steps, unit="step", leave=False)
+    with open(args.trace or os.devnull, "w") as trace, bar:
+        print(*columns, sep=",", file=trace, flush=True)
 
-    def watch(step, loss, teacher):
-        bar.update()
-        if step > 1 and step % max(1, settings.steps // settings.probes):
-            return
-        unseen = unseen_synonyms(lambda x: encode(teacher, x), grammar, args.seed, quick, device)[0]
-        synonyms = synonym_scores(teacher, grammar, args.seed, quick, device)
-        row = [step, loss.item(), *spread(teacher, shown, settings.top), *unseen, *synonyms]
-        table.writerow(row)
-        trace.flush()  # whatever ends the run, what it has shown is on disk
-        text = "{:8} {:8.4f}{:12.3f}{:7.1f}".format(*row)
-        tqdm.write(text + "".join(f"{number:12.2f}" for number in row[4:]))
+        def watch(step, loss, teacher):
+            bar.update()
+            if step > 1 and step % max(1, settings.steps // settings.probes):
+                return
+            features = partial(encode, teacher)
+            unseen = unseen_synonyms(features, grammar, seed, quick, device)[0]
+            synonyms = synonym_scores(features, grammar, seed, quick, device)
+            numbers = [loss.item(), *spread(features, shown, settings.top), *unseen, *synonyms]
+            print(step, *numbers, sep=",", file=trace, flush=True)
+            tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
-    x = grammar if settings.online else grammar.sample(P, args.seed, device)[0]
-    try:
-        model = fit(x, v, s, args.target, args.seed, watch, device, **given)
-    except FloatingPointError as error:
-        bar.close()
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    bar.close()
-    trace.close()
-    score = measure([model], [grammar], [args.seed], device)[0]
-    where = f"on {settings.test_strings} fresh strings (chance {1 / v:.3f})"
-    print(f"\n{where:36}   trained   untrained")
-    names = [f"level {l}  unseen synonyms, best map" for l in range(1, L)]
-    names.append("root     MLP probe of the last map")
-    for l, name in enumerate(names):
-        mark = "   collapsed" if score.collapsed[l] else ""
-        print(f"{name:36}{score.accuracy[l]:10.3f}{score.floor[l]:12.3f}{mark}")
+        try:
+            model = fit(x, v, s, args.target, seed, watch, device, **given)
+        except FloatingPointError as error:
+            bar.close()
+            parser.exit(1, f"{parser.prog}: {error}\n")
     if args.save:
         model.save(args.save)
+
+    score = measure([model], [grammar], [seed], device)[0]
+    where = f"on {settings.test_strings} fresh strings (chance {1 / v:.3f})"
+    print(f"\n{where:38}   trained   untrained")
+    rows = zip(score.accuracy, score.floor, score.collapsed)
+    for l, (right, floor, collapsed) in enumerate(rows, 1):
+        what = "unseen synonyms, best map" if l < L else "MLP probe of the last map"
+        mark = "   collapsed" if collapsed else ""
+        print(f"level {l}  {what:29}{right:10.3f}{floor:12.3f}{mark}")
 
 
 if __name__ == "__main__":
