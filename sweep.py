@@ -45,6 +45,7 @@ import threading
 import time
 import uuid
 from argparse import ArgumentTypeError
+from collections import namedtuple
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -80,7 +81,8 @@ MAX_LADDERS = 20000
 class Learner(NamedTuple):
     """What the sweep knows of a learner. Only recover is needed."""
 
-    recover: Callable           # (grammars, samples, seeds, target=, device=, **settings) -> [Score]
+    # (grammars, samples, seeds, target=, device=, **settings) -> [Score]
+    recover: Callable
     targets: tuple = ("latent",)
     settings: tuple = ()        # its table of grammar.Setting
     presets: dict = {"default": {}}
@@ -109,16 +111,14 @@ LEARNERS = {
         first=lambda v, s, m: v * m**2,
         sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
         seconds=lambda tokens, P: 0.4 * tokens,
-        side=8,
-        seeds=3,
+        side=8, seeds=3,
     ),
     "data2vec": ours(
         data2vec,
         first=lambda v, s, m: v * m**3,
         sees=lambda v, settings: settings.steps * settings.batch,
         seconds=lambda tokens, P: 1.5 * tokens,
-        side=8,
-        seeds=3,
+        side=8, seeds=3,
     ),
 }
 # the rows of the first table, and the depth up to which they are run unless asked for
@@ -162,6 +162,7 @@ def read_method(text):
             raise ValueError(f"{text[:60]!r}: settings are written :name=value, each once")
         given[setting.replace("-", "_")] = value
     learner = LEARNERS[key]
+    # what the preset sets is no change, and does not stand in the name
     usual = next(iter(learner.presets))
     preset = given.get("preset", usual)
     try:
@@ -186,23 +187,10 @@ def read_method(text):
 # the ladder: one climb, of one cell and one seed
 
 
-class Cell(NamedTuple):
-    """A row of samples_vs_depth.csv."""
-
-    method: str
-    v: int
-    s: int
-    m: int
-    L: int
-    zipf: float
-
-
-class Run(NamedTuple):
-    """One rung: the score of what a learner made of P strings."""
-
-    score: Score
-    seconds: float
-    device: str
+# a row of samples_vs_depth.csv; L is the depth
+Cell = namedtuple("Cell", "method v s m L zipf")
+# one rung: the grammar.Score of what a learner made of P strings, seconds, the device's name
+Run = namedtuple("Run", "score seconds device")
 
 
 def first_rung(cell):
@@ -220,6 +208,7 @@ def last_rung(cell):
     online = getattr(method.settings, "online", False)  # then the steps follow from P
     if learner.sees and not online:
         last, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
+    # memory grows with P: the first that does not fit ends the ladder
     P = first_rung(cell)
     while P <= last:
         try:
@@ -263,8 +252,10 @@ def crossing(P, accuracy, threshold):
     P, accuracy: equally long lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1
     and the lowest rung if P* is smaller; 1 and the last rung below the threshold if larger."""
     above = [a >= threshold for a in accuracy]
+    # no rung lies below the threshold: P* is smaller than the first
     if all(above[:2]):
         return float(P[0]), -1
+    # one rung above it may be luck; two in a row count
     for i in range(1, len(P) - 1):
         if above[i] and above[i + 1]:
             share = (threshold - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
@@ -286,45 +277,44 @@ def mean_star(stars):
     return mean, sum(signs)
 
 
-def resample(stars, random):
-    """(BOOTSTRAP,) means of log P* over so many resamples of the seeds."""
-    values = np.log([P for P, _ in stars])
-    return random.choice(values, size=(BOOTSTRAP, len(values))).mean(1)
+def log_interval(groups, weights):
+    """The 95 % bootstrap interval of sum_i weights[i] * (mean log P* of groups[i]), (low, high);
+    None if a seed lies beyond its ladder, or no group has two. groups: lists of stars."""
+    is_bound = any(sign for stars in groups for _, sign in stars)
+    if is_bound or max(len(stars) for stars in groups) == 1:
+        return None
+    random = np.random.default_rng(0)
+    means = []
+    for stars in groups:
+        values = np.log([P for P, _ in stars])
+        means.append(random.choice(values, size=(BOOTSTRAP, len(values))).mean(1))
+    low, high = np.percentile(weights @ np.stack(means), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def interval(stars):
-    """The 95 % bootstrap interval of the mean P*, (low, high); None for a single seed, or where
-    a seed lies beyond its ladder."""
-    if len(stars) < 2 or any(sign for _, sign in stars):
-        return None
-    means = resample(stars, np.random.default_rng(0))
-    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
-    return float(low), float(high)
+    """The 95 % interval of the mean P*, (low, high), or None; see log_interval."""
+    found = log_interval([stars], np.ones(1))
+    return found and (math.exp(found[0]), math.exp(found[1]))
 
 
 def slope(points):
     """How log P* rises with x: least squares over the seeds' means.
 
-    points: {x: stars}, two or more. Returns (slope, low, high, sign), with a 95 % interval from
-    resampling the seeds. A P* known from below at a large x makes the slope a lower bound
-    (sign 1); with any other bound it is not known (None). low and high are None for a bound, or
-    where no x has two seeds."""
+    points: {x: stars}, two or more. Returns (slope, low, high, sign), see log_interval. A P* known
+    from below at a large x makes the slope a lower bound (sign 1, and no interval); with any
+    other bound it is not known (None)."""
     x = np.array(sorted(points), float)
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    stars = [points[k] for k in sorted(points)]
-    means = [mean_star(one) for one in stars]
+    groups = [points[k] for k in sorted(points)]
+    means = [mean_star(stars) for stars in groups]
+    # a bound is of use where the true P* can only make the slope larger
     for (_, sign), weight in zip(means, weights):
         if sign is None or sign * weight < 0:
             return None
     value = float(weights @ np.log([mean for mean, _ in means]))
-    if any(sign for _, sign in means):
-        return value, None, None, 1
-    if max(len(one) for one in stars) == 1:
-        return value, None, None, 0
-    random = np.random.default_rng(0)
-    slopes = weights @ np.stack([resample(one, random) for one in stars])
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    return value, float(low), float(high), 0
+    low, high = log_interval(groups, weights) or (None, None)
+    return value, low, high, int(any(sign for _, sign in means))
 
 
 # ----------------------------------------------------------------------------------------
@@ -340,40 +330,44 @@ STATUS = {
     "not finished": "..", "limited by memory": "m", "limited by steps": "s",
     "beyond Pmax": "", "below Pmin": "",
 }
-UNTRAINED = "!  untrained above 0.5"
 
 
 class Measure(NamedTuple):
     """What the seeds of one cell say of level L-1, or of the root."""
 
-    P50: list     # (P*, sign) of every seed, see crossing
+    P50: list        # (P*, sign) of every seed, see crossing
     P90: list
-    floor: float  # mean accuracy before any training; None if not reported
-    status: str   # of STATUS, "" if P50 is no bound
+    interval: tuple  # of the mean P50, None if there is none
+    censored: int    # seeds with a P50 beyond their ladders
+    floor: float     # mean accuracy before any training; None if not reported
+    status: str      # of STATUS, "" if P50 is no bound
+    untrained: bool  # True if the floor is so high that P50 says little
 
 
 def measure(cell, ladders, level, cap):
     """The Measure of one level, None if no run reports it. ladders: {P: Run} of every seed."""
-    P50, P90, floors, found = [], [], [], set()
+    P50, P90, floors, bounds = [], [], [], set()
     for rungs in ladders:
         climbed, _, end = climb(cell, rungs, cap)
         scores = [rungs[P].score for P in climbed]
         if not scores or min(len(score.accuracy) for score in scores) < level:
             continue  # not begun, or the learner does not report the root
         accuracy = [score.accuracy[level - 1] for score in scores]
-        star, sign = crossing(climbed, accuracy, 0.5)
-        P50.append((star, sign))
+        P50.append(crossing(climbed, accuracy, 0.5))
         P90.append(crossing(climbed, accuracy, 0.9))
         floors += [score.floor[level - 1] for score in scores if score.floor]
+        # why it is a bound: no rung above was run, or none below
+        sign = P50[-1][1]
         if sign > 0 or end == "not finished":
-            found.add(end or "beyond Pmax")
+            bounds.add(end or "beyond Pmax")
         if sign < 0:
-            found.add("below Pmin")
+            bounds.add("below Pmin")
     if not P50:
         return None
+    censored = sum(sign != 0 for _, sign in P50)
     floor = sum(floors) / len(floors) if floors else None
-    status = next((status for status in STATUS if status in found), "")
-    return Measure(P50, P90, floor, status)
+    status = next((status for status in STATUS if status in bounds), "")
+    return Measure(P50, P90, interval(P50), censored, floor, status, bool(floors) and floor > 0.5)
 
 
 def summarise(runs, caps):
@@ -403,45 +397,31 @@ def row_order(cell, seed=0):
 def star_text(stars):
     """[(P*, sign) of every seed] -> "412", "> 1024", "< 16" or "?"."""
     mean, sign = mean_star(stars)
-    if sign is None:
-        return "?"
-    bound = {0: "", 1: "> ", -1: "< "}[sign]
-    return f"{bound}{mean:.0f}"
-
-
-def untrained(found):
-    """True where the measure is high before any training, and so says little."""
-    return found.floor is not None and found.floor > 0.5
+    bounds = {0: "", 1: "> ", -1: "< "}
+    return "?" if sign is None else f"{bounds[sign]}{mean:.0f}"
 
 
 def short_text(found):
     """A cell of the printed table."""
     text = star_text(found.P50).replace(" ", "") + STATUS.get(found.status, "")
-    return text + "!" if untrained(found) else text
+    return text + "!" if found.untrained else text
 
 
 def long_text(found):
     """A cell of samples_vs_depth.md: the interval over the seeds, and what limits P50."""
     text = star_text(found.P50)
-    bounds = interval(found.P50)
-    if bounds:
-        text += f" [{bounds[0]:.0f}, {bounds[1]:.0f}]"
+    if found.interval:
+        text += " [{:.0f}, {:.0f}]".format(*found.interval)
     notes = []
-    seeds, beyond = len(found.P50), censored(found.P50)
-    if beyond:
-        notes.append(f"{beyond} of {seeds} seeds")
-    if seeds == 1:
+    if found.censored:
+        notes.append(f"{found.censored} of {len(found.P50)} seeds")
+    if len(found.P50) == 1:
         notes.append("one seed")
     if STATUS.get(found.status):            # "> " or "< " says the others
         notes.append(found.status)
     if found.floor is not None:
         notes.append(f"untrained {found.floor:.2f}")
     return f"{text} ({', '.join(notes)})" if notes else text
-
-
-def censored(stars):
-    """The number of seeds beyond their ladders."""
-    return sum(sign != 0 for _, sign in stars)
 
 
 def slope_text(points, scale):
@@ -464,10 +444,9 @@ def table_row(cell, measures):
         if not found:
             continue
         row[prefix + "P50"] = star_text(found.P50)
-        bounds = interval(found.P50)
-        if bounds:
-            row[prefix + "P50_lo"] = f"{bounds[0]:.0f}"
-            row[prefix + "P50_hi"] = f"{bounds[1]:.0f}"
+        if found.interval:
+            row[prefix + "P50_lo"] = f"{found.interval[0]:.0f}"
+            row[prefix + "P50_hi"] = f"{found.interval[1]:.0f}"
         if found.floor is not None:
             row[prefix + "floor"] = f"{found.floor:.3f}"
     found = measures.get((cell, "tree"))
@@ -477,7 +456,7 @@ def table_row(cell, measures):
             row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
         row["P90"] = star_text(found.P90)
         row["seeds"] = len(found.P50)
-        row["censored"] = censored(found.P50)
+        row["censored"] = found.censored
         row["status"] = found.status
     return row
 
@@ -502,6 +481,7 @@ def depth_tables(measures, unrun, cell_text):
             texts = dict.fromkeys(depths, "")
             for L in found:
                 texts[L] = cell_text(found[L]) if found[L] else "-"
+            # what is beyond its ladder makes the growth a bound, see slope
             deep = {L: found[L].P50 for L in found if found[L] and L > 2}
             growth = slope_text(deep, math.exp)
             if growth:
@@ -520,6 +500,7 @@ def printed_tables(measures, unrun):
     lines = []
     for table in depth_tables(measures, unrun, short_text):
         last = len(table[0]) - 2            # of the depths' columns
+        # a wide table wraps, with its name, growth and law in every part
         for start in range(1, last, 5):
             stop = min(start + 5, last)
             part = [[row[0], *row[start:stop], *row[-2:]] for row in table]
@@ -529,10 +510,11 @@ def printed_tables(measures, unrun):
                 for cell, width in zip(cells, widths[1:]):
                     line += "  " + cell.rjust(width)
                 lines.append(line.rstrip())
+    # only the marks that stand above are explained
     used = {found.status for found in measures.values()}
     lines += [f"{sign}  {status}" for status, sign in STATUS.items() if sign and status in used]
-    if any(untrained(found) for found in measures.values()):
-        lines.append(UNTRAINED)
+    if any(found.untrained for found in measures.values()):
+        lines.append("!  untrained above 0.5")
     if unrun:
         methods = ",".join(dict.fromkeys(cell.method for cell in unrun))
         depths = ",".join(str(L) for L in sorted({cell.L for cell in unrun}))
@@ -558,6 +540,7 @@ def markdown_tables(measures, unrun):
 
     text = "P*, the samples at which level L-1, or the root, is recovered (accuracy 0.5): "
     text += "geometric mean over the seeds [95 % interval]; -: not run\n"
+    # each with a line between its header and its rows
     for header, *rows in tables:
         text += "\n"
         for line in (header, ["---"] * len(header), *rows):
@@ -579,6 +562,7 @@ def run_batch(cell, batch, device):
     scores = method.learner.recover(
         grammars, samples, seeds, target=method.target, device=device, **method.given
     )
+    # every run has its share of the batch's time
     seconds = (time.perf_counter() - start) / len(batch)
     return {rung: Run(score, seconds, device) for rung, score in zip(batch, scores, strict=True)}
 
@@ -668,20 +652,18 @@ def sweep(cells, folder, cap, device, jobs, report):
                 while batch and len(running) < jobs:
                     running[pool.submit(run_batch, cell, batch, device)] = cell, batch
                     busy[cell].update(batch)
+                    bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
                     batch = next_batch(cell, cells[cell], folder.runs, cap, busy[cell])
                 if not busy[cell]:          # all its ladders are climbed
                     climbing.remove(cell)
                     if all(key_of[other] != key_of[cell] for other in climbing):
                         report(key_of[cell])
-            names = [f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}"
-                     for cell, batch in running.values()]
-            bar.set_postfix_str(", ".join(names), refresh=False)
-
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 cell, batch = running.pop(future)
                 found = future.result()
                 folder.append(cell, found)
                 busy[cell].difference_update(batch)
+                # the estimate follows what the ladders turn out to need
                 left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
                 seconds = read_method(cell.method).learner.seconds
                 for (P, seed), run in found.items():
@@ -693,8 +675,10 @@ def sweep(cells, folder, cap, device, jobs, report):
             bar.total = bar.n + sum(left.values())
             bar.refresh()
             if time.time() > next_report:
+                start = time.time()
                 report(None)
-                next_report = time.time() + 30
+                # it reads all files afresh: let that be 5 % of the time at most
+                next_report = time.time() + max(30, 20 * (time.time() - start))
     except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
@@ -708,28 +692,12 @@ def sweep(cells, folder, cap, device, jobs, report):
 # the folder: finished runs on disk
 
 
-def matching(form):
-    """An argparse type: a text of this form."""
-
-    def read(text):
-        if not re.fullmatch(form, text):
-            raise ArgumentTypeError(f"must be {form}, not {text[:20]!r}")
-        return text
-
-    return read
-
-
-def accuracy_or_none(text):
-    return real(0, 1)(text) if text else None
-
-
 # of runs.csv, and how each is read
 COLUMNS = {
     "method": str, "v": whole(1), "s": whole(1), "m": whole(1), "L": whole(1),
     "zipf": real(0, 10), "P": whole(1, 2**40), "seed": whole(0), "level": whole(1),
-    "accuracy": real(0, 1), "floor": accuracy_or_none, "seconds": real(0, 1e9),
-    "device": matching(r"cpu|mps|cuda(:\d{1,3})?"),
-    "mark": matching(r"|collapsed|diverged@\d{1,12}"),
+    "accuracy": real(0, 1), "floor": lambda text: real(0, 1)(text) if text else None,
+    "seconds": real(0, 1e9), "device": str, "mark": str,
 }
 OLD_COLUMNS = "method,v,s,m,L,P,seed,level,accuracy,seconds,device,collapsed".split(",")
 OLD_NAMES = {
@@ -772,18 +740,17 @@ class Folder:
         """What settings.json holds, {} if there is none. Raises Refused if it is not ours."""
         file = self.path / "settings.json"
         if not file.exists():
-            foreign = [name for name in FILES if (self.path / name).exists()]
-            if foreign:
-                raise Refused(f"has a {foreign[0]} but no settings.json that belongs to it")
+            for name in FILES:
+                if (self.path / name).exists():
+                    raise Refused(f"has a {name} but no settings.json that belongs to it")
             return {}
         try:
             stored = json.loads(file.read_bytes())
-            ours = "rung" in stored["sweep"] and all(isinstance(x, dict) for x in stored.values())
+            if "rung" in stored["sweep"] and all(isinstance(x, dict) for x in stored.values()):
+                return stored
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            ours = False
-        if not ours:
-            raise Refused("has a settings.json that is not a sweep's")
-        return stored
+            pass
+        raise Refused("has a settings.json that is not a sweep's")
 
     def read(self):
         """Take in the runs of all files; one that stands twice is read once."""
@@ -795,8 +762,10 @@ class Folder:
     def create(self):
         """Make the folder and its settings.json. Raises OSError."""
         (self.path / "runs").mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.settings, indent=1) + "\n"
-        write_whole(self.path / "settings.json", lambda file: file.write(text.encode()))
+        self.write("settings.json", json.dumps(self.settings, indent=1) + "\n")
+
+    def write(self, name, text):
+        write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def append(self, cell, found):
         """Put finished runs, {(P, seed): Run}, on disk and into self.runs."""
@@ -804,7 +773,7 @@ class Folder:
         for (P, seed), run in found.items():
             rows += reversed(rows_of(cell, P, seed, run))  # level 1 last: a run with it is whole
         with open(self.file, "ab") as file:
-            file.write(csv_bytes(rows))
+            file.write(csv_text(rows).encode())
         for (P, seed), run in found.items():
             self.runs.setdefault((cell, seed), {})[P] = run
 
@@ -820,18 +789,15 @@ class Folder:
         for cell in sorted({*(cell for cell, _ in measures), *unrun}, key=row_order):
             row = table_row(cell, measures)
             table.append([row.get(column, "") for column in TABLE])
-        for name, content in [
-            ("runs.csv", csv_bytes(runs)),
-            ("samples_vs_depth.csv", csv_bytes(table)),
-            ("samples_vs_depth.md", markdown_tables(measures, unrun).encode()),
-        ]:
-            write_whole(self.path / name, lambda file: file.write(content))
+        self.write("runs.csv", csv_text(runs))
+        self.write("samples_vs_depth.csv", csv_text(table))
+        self.write("samples_vs_depth.md", markdown_tables(measures, unrun))
         return measures
 
 
-def csv_bytes(rows):
-    """Rows as a file; no text of ours has a comma, a quote or a line's end in it."""
-    return "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
+def csv_text(rows):
+    """Rows as a file's text; nothing in ours holds a comma, a quote or a line's end."""
+    return "".join(",".join(map(str, row)) + "\n" for row in rows)
 
 
 def rows_of(cell, P, seed, run):
@@ -853,17 +819,21 @@ def read_runs(file):
     text = file.read_text(encoding="utf-8")
     if ",".join(COLUMNS).startswith(text):
         return {}                           # killed before its first row
+    # the old form, of one file that was rewritten, is still read
     header, *lines = text.split("\n")
     columns = header.split(",")
     if columns not in (list(COLUMNS), OLD_COLUMNS):
         raise Refused(f"has a {file.name} with other columns than {','.join(COLUMNS)}")
+
+    def missing(run, levels):               # of the levels that every learner reports
+        return set(range(1, run[0].L)) - set(levels)
 
     found, last = {}, None                  # found: (Cell, seed, P) -> {level: row}
     for number, line in enumerate(lines[:-1], 2):  # what follows the last line's end is torn
         try:
             run, row = read_row(columns, line)
             # only the last run of a file can have been cut short
-            if last not in (None, run) and not is_whole(last, found[last]):
+            if last not in (None, run) and missing(last, found[last]):
                 raise ValueError("the run before it is not whole")
         except ValueError as error:
             reason = f"line {number} cannot be used: {error}"
@@ -871,25 +841,20 @@ def read_runs(file):
         found.setdefault(run, {}).setdefault(row["level"], row)
         last = run
 
+    # the last run was cut short, and will be done again
+    if last and missing(last, found[last]):
+        del found[last]
     runs = {}
-    for run, levels in found.items():
-        if is_whole(run, levels):
-            cell, seed, P = run
-            rows = [levels[level] for level in sorted(levels)]
-            accuracy = [row["accuracy"] for row in rows]
-            collapsed = [row["mark"] == "collapsed" for row in rows]
-            floor = [row["floor"] for row in rows]
-            diverged = int(rows[0]["mark"].partition("@")[2] or 0)
-            score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
-            run = Run(score, rows[0]["seconds"], rows[0]["device"])
-            runs.setdefault((cell, seed), {})[P] = run
+    for (cell, seed, P), levels in found.items():
+        rows = [levels[level] for level in sorted(levels)]
+        accuracy = [row["accuracy"] for row in rows]
+        collapsed = [row["mark"] == "collapsed" for row in rows]
+        floor = [row["floor"] for row in rows]
+        diverged = int(rows[0]["mark"].partition("@")[2] or 0)
+        score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
+        run = Run(score, rows[0]["seconds"], rows[0]["device"])
+        runs.setdefault((cell, seed), {})[P] = run
     return runs
-
-
-def is_whole(run, levels):
-    """True if there are rows of all levels below the root, which not all learners report."""
-    cell = run[0]
-    return set(range(1, cell.L)) <= set(levels)
 
 
 def read_row(columns, line):
@@ -901,6 +866,7 @@ def read_row(columns, line):
     if "collapsed" in row:                  # of the old form
         row["mark"] = {"0": "", "1": "collapsed"}.get(row["collapsed"], "?")
         row |= {"zipf": "0", "floor": "", "method": OLD_NAMES.get(row["method"], row["method"])}
+    # read every value as a flag's type would
     for column, kind in COLUMNS.items():
         try:
             row[column] = kind(row[column])
@@ -915,8 +881,12 @@ def read_row(columns, line):
     P, lowest = row["P"], first_rung(cell)
     if P < lowest or P & (P - 1):
         raise ValueError(f"P = {P} is no rung: a power of 2 from {lowest} on")
-    if row["level"] > cell.L:
-        raise ValueError(f"there is no level {row['level']}")
+    # what is left has a form, or a range that depends on the cell
+    device, mark = row["device"], row["mark"]
+    is_device = re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device)
+    is_mark = re.fullmatch(r"|collapsed|diverged@\d{1,12}", mark)
+    if row["level"] > cell.L or not is_device or not is_mark:
+        raise ValueError(f"level {row['level']}, device {device[:20]!r}, mark {mark[:20]!r}")
     return (cell, row["seed"], P), row
 
 
@@ -961,8 +931,10 @@ def cells_from_flags(args):
             left_out.append(cell)
             continue
         method = read_method(name)
+        # sizes first: their errors name the flag
         check_sizes(v, s, m, L)
         method.learner.check_size(v, s, m, L, 1, method.target, **method.given)
+        # a ladder without a rung would be missing from the table in silence
         lowest, (highest, reason) = first_rung(cell), last_rung(cell)
         if highest < lowest:
             raise ValueError(f"methods: {name} cannot begin at m = {m}: its first rung is "
@@ -989,42 +961,32 @@ def draw(out):
 
 def main():
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
+    rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 4); "
+    rows += "or any LEARNER-TARGET:SETTING=VALUE; separated by commas"
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--depth", type=span(2, 24), default=[2, 3, 4, 5, 6],
          help="L: 4 or 2..6 or 2,4,6 (default 2..6)")
-    flag("--m", type=span(1, 2**24), default=[3],
-         help="rules per symbol, in the same forms (default 3)")
+    flag("--m", type=span(1, 2**24), default=[3], help="rules per symbol, as --depth (default 3)")
     flag("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     flag("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    flag("--zipf", type=real(0, 10), default=0.0,
-         help="rule j has probability ~ (j+1)^-zipf (default 0)")
-    flag("--methods", type=methods,
-         help=f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 4); "
-         "or any LEARNER-TARGET:SETTING=VALUE; separated by commas")
-    flag("--seeds", type=whole(1, 1000),
-         help="seeds 0..N-1, a grammar each (default 5, networks 3)")
-    flag("--max-samples", type=whole(1, 2**40), default=2**20,
-         help="longest P of a ladder (default 2^20)")
+    flag("--zipf", type=real(0, 10), default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
+    flag("--methods", type=methods, help=rows)
+    flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1, a grammar each (5, networks 3)")
+    flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
-    flag("--jobs", type=whole(1, most_jobs),
-         help="processes (default: one per core, one on a GPU)")
+    flag("--jobs", type=whole(1, most_jobs), help="processes (default: one per core, one on a GPU)")
     flag("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
-    if not args.out.strip():
-        parser.error("argument --out: must name a folder")
     try:
+        if not args.out.strip():
+            raise ValueError("out: must name a folder")
         cells, unrun = cells_from_flags(args)
     except ValueError as error:
         parser.error(f"argument --{error}")
     device = pick_device(parser, args.device)
-    jobs = args.jobs
-    if not jobs:
-        cores = os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):  # those that we may use, where it can be asked
-            cores = len(os.sched_getaffinity(0))
-        jobs = min(cores, most_jobs) if device == "cpu" else 1
-
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" else 1)
     out = Path(args.out)
     keys = {read_method(cell.method).key for cell in cells}
     try:
@@ -1034,7 +996,9 @@ def main():
         parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
     except OSError as error:
         parser.error(f"argument --out: {out} cannot be written to ({error.strerror})")
+    # cells of other commands in this folder have no cap of ours
     caps = dict.fromkeys(cells, args.max_samples)
+    # an earlier command may have run what this one leaves out
     there = {cell for cell, _ in folder.runs}
     unrun = [cell for cell in unrun if cell not in there]
 
@@ -1067,6 +1031,7 @@ def main():
         print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
         raise SystemExit(code) from None
     print(printed_tables(measures, unrun))
+    # timings of several devices are mixed: say so
     devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}
     if devices - {device}:
         print(f"runs of this folder were made on {', '.join(sorted(devices))}")
