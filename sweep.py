@@ -46,11 +46,10 @@ import time
 import uuid
 from argparse import ArgumentTypeError
 from collections import namedtuple
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -132,15 +131,9 @@ GROWTH = {
 }
 
 
-class Method(NamedTuple):
-    """A method's name, taken apart."""
-
-    name: str        # in its one spelling
-    key: str         # the learner's, in LEARNERS
-    learner: Learner
-    target: str
-    given: dict      # {setting: value} of the name
-    settings: SimpleNamespace  # the values of all settings
+# a method's name, taken apart: in its one spelling, the learner's key in LEARNERS, the Learner,
+# the target, {setting: value} as the name gives them, and an object with all settings
+Method = namedtuple("Method", "name key learner target given settings")
 
 
 @lru_cache(maxsize=None)
@@ -187,7 +180,7 @@ def read_method(text):
 # the ladder: one climb, of one cell and one seed
 
 
-# a row of samples_vs_depth.csv; L is the depth
+# a row of samples_vs_depth.csv
 Cell = namedtuple("Cell", "method v s m L zipf")
 # one rung: the grammar.Score of what a learner made of P strings, seconds, the device's name
 Run = namedtuple("Run", "score seconds device")
@@ -246,13 +239,13 @@ def climb(cell, rungs, max_samples):
 
 
 def crossing(P, accuracy, threshold):
-    """The smallest P from which the accuracy is at or above the threshold on two rungs in a
-    row, interpolated linearly in log P between the rung before and the first of the two.
+    """The smallest P from which the accuracy is at or above the threshold on two rungs in a row,
+    interpolated linearly in log P between the rung before and the first of the two.
 
-    P, accuracy: equally long lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1
-    and the lowest rung if P* is smaller; 1 and the last rung below the threshold if larger."""
+    P, accuracy: lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1 and the lowest
+    rung if P* is smaller; 1 and the last rung below the threshold if it is larger."""
     above = [a >= threshold for a in accuracy]
-    # no rung lies below the threshold: P* is smaller than the first
+    # the lowest rungs are above it already
     if all(above[:2]):
         return float(P[0]), -1
     # one rung above it may be luck; two in a row count
@@ -302,8 +295,8 @@ def slope(points):
     """How log P* rises with x: least squares over the seeds' means.
 
     points: {x: stars}, two or more. Returns (slope, low, high, sign), see log_interval. A P* known
-    from below at a large x makes the slope a lower bound (sign 1, and no interval); with any
-    other bound it is not known (None)."""
+    from below at a large x makes it a lower bound (sign 1, no interval); with any other bound
+    it is not known (None)."""
     x = np.array(sorted(points), float)
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     groups = [points[k] for k in sorted(points)]
@@ -345,7 +338,7 @@ class Measure(NamedTuple):
 
 
 def measure(cell, ladders, level, cap):
-    """The Measure of one level, None if no run reports it. ladders: {P: Run} of every seed."""
+    """The Measure of one level, None if no run reports it. ladders: [{P: Run} of every seed]."""
     P50, P90, floors, bounds = [], [], [], set()
     for rungs in ladders:
         climbed, _, end = climb(cell, rungs, cap)
@@ -356,7 +349,7 @@ def measure(cell, ladders, level, cap):
         P50.append(crossing(climbed, accuracy, 0.5))
         P90.append(crossing(climbed, accuracy, 0.9))
         floors += [score.floor[level - 1] for score in scores if score.floor]
-        # why it is a bound: no rung above was run, or none below
+        # why P* is a bound
         sign = P50[-1][1]
         if sign > 0 or end == "not finished":
             bounds.add(end or "beyond Pmax")
@@ -408,7 +401,7 @@ def short_text(found):
 
 
 def long_text(found):
-    """A cell of samples_vs_depth.md: the interval over the seeds, and what limits P50."""
+    """A cell of samples_vs_depth.md: with the interval over the seeds, and what limits it."""
     text = star_text(found.P50)
     if found.interval:
         text += " [{:.0f}, {:.0f}]".format(*found.interval)
@@ -486,10 +479,9 @@ def depth_tables(measures, unrun, cell_text):
             growth = slope_text(deep, math.exp)
             if growth:
                 growth += f" {min(deep)}..{max(deep)}"
+            name, law = f"{method}, root", ""  # the theory is about the tree
             if part == "tree":
                 name, law = method, GROWTH.get(read_method(method).target, "")
-            else:
-                name, law = f"{method}, root", ""  # the theory is about the tree
             table.append([name, *texts.values(), growth, law])
         tables.append(table)
     return tables
@@ -576,16 +568,13 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-class OneProcess:
+class OneProcess(Executor):
     """Stands in for a pool of processes where one job is asked for; needs no shared memory."""
 
     def submit(self, work, *arguments):
         future = Future()
         future.set_result(work(*arguments))
         return future
-
-    def shutdown(self, **how):
-        pass
 
 
 def next_batch(cell, seeds, runs, cap, busy):
@@ -825,15 +814,12 @@ def read_runs(file):
     if columns not in (list(COLUMNS), OLD_COLUMNS):
         raise Refused(f"has a {file.name} with other columns than {','.join(COLUMNS)}")
 
-    def missing(run, levels):               # of the levels that every learner reports
-        return set(range(1, run[0].L)) - set(levels)
-
     found, last = {}, None                  # found: (Cell, seed, P) -> {level: row}
     for number, line in enumerate(lines[:-1], 2):  # what follows the last line's end is torn
         try:
             run, row = read_row(columns, line)
             # only the last run of a file can have been cut short
-            if last not in (None, run) and missing(last, found[last]):
+            if last not in (None, run) and not is_whole(last, found[last]):
                 raise ValueError("the run before it is not whole")
         except ValueError as error:
             reason = f"line {number} cannot be used: {error}"
@@ -841,8 +827,8 @@ def read_runs(file):
         found.setdefault(run, {}).setdefault(row["level"], row)
         last = run
 
-    # the last run was cut short, and will be done again
-    if last and missing(last, found[last]):
+    # a last run that was cut short will be done again
+    if last and not is_whole(last, found[last]):
         del found[last]
     runs = {}
     for (cell, seed, P), levels in found.items():
@@ -855,6 +841,10 @@ def read_runs(file):
         run = Run(score, rows[0]["seconds"], rows[0]["device"])
         runs.setdefault((cell, seed), {})[P] = run
     return runs
+
+
+def is_whole(run, levels):
+    return set(levels) >= set(range(1, run[0].L))  # not every learner reports the root
 
 
 def read_row(columns, line):
@@ -972,7 +962,7 @@ def main():
     flag("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
     flag("--zipf", type=real(0, 10), default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
     flag("--methods", type=methods, help=rows)
-    flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1, a grammar each (5, networks 3)")
+    flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1 (default 5, networks 3)")
     flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
     flag("--jobs", type=whole(1, most_jobs), help="processes (default: one per core, one on a GPU)")
@@ -1016,14 +1006,16 @@ def main():
         sweep(cells, folder, args.max_samples, device, jobs, report)
         measures = folder.write_tables(caps, unrun)
     except (KeyboardInterrupt, OSError, MemoryError, ImportError, RuntimeError, Refused) as error:
-        # a killed worker is a RuntimeError, and so is a lack of memory in torch
-        failure, code = str(error).split("\n")[0] or type(error).__name__, 1
+        # a lack of memory is a RuntimeError in torch
+        failure, code = str(error) or type(error).__name__, 1
         if isinstance(error, KeyboardInterrupt):
             failure, code = "stopped", 1 if error.args else 130  # SIGTERM comes with its name
-        elif isinstance(error, (BrokenProcessPool, MemoryError)) or "memory" in failure:
-            failure = f"out of memory? (try --jobs 1): {failure[:80]}"
+        elif isinstance(error, BrokenProcessPool):
+            failure = "a worker was killed, perhaps for want of memory (try --jobs 1)"
         elif isinstance(error, RuntimeError):
-            raise
+            if "memory" not in failure:
+                raise
+            failure = f"out of memory (try --jobs 1): {failure.splitlines()[0][:80]}"
         count = sum(map(len, folder.runs.values()))
         safe = f"{count} finished runs are safe in {out}, the same command continues"
         if not folder.file.parent.exists():
