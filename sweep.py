@@ -155,7 +155,6 @@ def read_method(text):
             raise ValueError(f"{text[:60]!r}: settings are written :name=value, each once")
         given[setting.replace("-", "_")] = value
     learner = LEARNERS[key]
-    # what the preset sets is no change, and does not stand in the name
     usual = next(iter(learner.presets))
     preset = given.get("preset", usual)
     try:
@@ -169,6 +168,7 @@ def read_method(text):
         name += f"-{target}"
     if preset != usual:
         name += f":preset={preset}"
+    # a setting stands in the name only where it differs from the preset's
     for row in learner.settings:
         value = getattr(settings, row.name)
         if value != getattr(base, row.name):
@@ -301,7 +301,7 @@ def slope(points):
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     groups = [points[k] for k in sorted(points)]
     means = [mean_star(stars) for stars in groups]
-    # a bound is of use where the true P* can only make the slope larger
+    # bounds help only where the true P* would make the slope larger
     for (_, sign), weight in zip(means, weights):
         if sign is None or sign * weight < 0:
             return None
@@ -474,7 +474,6 @@ def depth_tables(measures, unrun, cell_text):
             texts = dict.fromkeys(depths, "")
             for L in found:
                 texts[L] = cell_text(found[L]) if found[L] else "-"
-            # what is beyond its ladder makes the growth a bound, see slope
             deep = {L: found[L].P50 for L in found if found[L] and L > 2}
             growth = slope_text(deep, math.exp)
             if growth:
@@ -681,13 +680,14 @@ def sweep(cells, folder, cap, device, jobs, report):
 # the folder: finished runs on disk
 
 
-# of runs.csv, and how each is read
+# the columns of runs.csv, and how each is read
 COLUMNS = {
     "method": str, "v": whole(1), "s": whole(1), "m": whole(1), "L": whole(1),
     "zipf": real(0, 10), "P": whole(1, 2**40), "seed": whole(0), "level": whole(1),
     "accuracy": real(0, 1), "floor": lambda text: real(0, 1)(text) if text else None,
     "seconds": real(0, 1e9), "device": str, "mark": str,
 }
+# an older form, which is read but no longer written
 OLD_COLUMNS = "method,v,s,m,L,P,seed,level,accuracy,seconds,device,collapsed".split(",")
 OLD_NAMES = {
     "cluster-cousins": "cluster:positions=cousins", "cluster-element": "cluster:positions=element",
@@ -808,14 +808,13 @@ def read_runs(file):
     text = file.read_text(encoding="utf-8")
     if ",".join(COLUMNS).startswith(text):
         return {}                           # killed before its first row
-    # the old form, of one file that was rewritten, is still read
     header, *lines = text.split("\n")
     columns = header.split(",")
     if columns not in (list(COLUMNS), OLD_COLUMNS):
         raise Refused(f"has a {file.name} with other columns than {','.join(COLUMNS)}")
 
     found, last = {}, None                  # found: (Cell, seed, P) -> {level: row}
-    for number, line in enumerate(lines[:-1], 2):  # what follows the last line's end is torn
+    for number, line in enumerate(lines[:-1], 2):  # the last is empty, or torn
         try:
             run, row = read_row(columns, line)
             # only the last run of a file can have been cut short
@@ -844,7 +843,9 @@ def read_runs(file):
 
 
 def is_whole(run, levels):
-    return set(levels) >= set(range(1, run[0].L))  # not every learner reports the root
+    """True if all levels below the root are there; not every learner reports the root."""
+    cell, _, _ = run
+    return set(levels) >= set(range(1, cell.L))
 
 
 def read_row(columns, line):
@@ -871,7 +872,6 @@ def read_row(columns, line):
     P, lowest = row["P"], first_rung(cell)
     if P < lowest or P & (P - 1):
         raise ValueError(f"P = {P} is no rung: a power of 2 from {lowest} on")
-    # what is left has a form, or a range that depends on the cell
     device, mark = row["device"], row["mark"]
     is_device = re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device)
     is_mark = re.fullmatch(r"|collapsed|diverged@\d{1,12}", mark)
@@ -904,9 +904,10 @@ def methods(text):
     names = {}  # in order, once each
     for word in text.split(","):
         try:
-            names |= DEFAULT if word == "all" else {read_method(word).name: None}
+            found = DEFAULT if word == "all" else [read_method(word).name]
         except ValueError as error:
             raise ArgumentTypeError(str(error)) from None
+        names |= dict.fromkeys(found)
     return list(names)
 
 
@@ -986,7 +987,6 @@ def main():
         parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
     except OSError as error:
         parser.error(f"argument --out: {out} cannot be written to ({error.strerror})")
-    # cells of other commands in this folder have no cap of ours
     caps = dict.fromkeys(cells, args.max_samples)
     # an earlier command may have run what this one leaves out
     there = {cell for cell, _ in folder.runs}
