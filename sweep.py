@@ -10,20 +10,20 @@ Learners x targets x depths.
 A method is a learner, after a dash its target (own latents if there is none), and after
 colons any of the learner's settings. Every method has rows of its own.
 
-For every method, size, depth and seed the sweep climbs a *ladder* of sample sizes P, each twice
-the last. One seed is one fresh grammar and one fresh sample. A ladder ends
-  - when the highest level of the tree below the root, L-1, is recovered: an accuracy of 0.95 or
-    more on fresh strings, on two rungs in a row;
+For every method, size, depth and seed the sweep climbs a *ladder* of sample sizes P, each
+twice the last. One seed is one fresh grammar and one fresh sample. A ladder ends
+  - when the highest level of the tree below the root, L-1, is recovered: an accuracy of
+    0.95 or more on fresh strings, on two rungs in a row;
   - at --max-samples ("beyond Pmax");
-  - for a network, whose steps are fixed ("limited by steps"): before it would see each string
-    fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not raised its
-    best accuracy by 0.05.
-P50 is the smallest P from which the accuracy is above 0.5 on two rungs in a row, interpolated in
-log P; P90 is the same for 0.9. What higher rungs bring changes neither.
+  - for a network, whose steps are fixed ("limited by steps"): before it would see each
+    string fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not
+    raised its best accuracy by 0.05.
+P50 is the smallest P from which the accuracy is above 0.5 on two rungs in a row,
+interpolated in log P; P90 is the same for 0.9. What higher rungs bring changes neither.
 
 It writes to --out
-  runs/*.csv               a row for every run and level, as soon as the run is finished: one file
-                           for every command, which only ever grows
+  runs/*.csv               a row for every run and level, as soon as the run is finished: one
+                           file for every command, which only ever grows
   runs.csv                 the rungs of all ladders, put together and in order
   samples_vs_depth.csv     a row for every method, size and depth
   samples_vs_depth.md      the same as a table to read; a shorter one is printed
@@ -32,9 +32,8 @@ It writes to --out
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
 """
 
-import csv
 import difflib
-import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -46,11 +45,11 @@ import threading
 import time
 import uuid
 from argparse import ArgumentTypeError
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import namedtuple
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -74,77 +73,73 @@ BOOTSTRAP = 2000    # resamples of the seeds behind every 95 % interval
 MAX_LADDERS = 20000
 
 
-# -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the methods: a learner, its target, its settings
 
 
 class Learner(NamedTuple):
     """What the sweep knows of a learner. Only recover is needed."""
 
-    recover: Callable             # (grammars, samples, seeds, target=, device=, **settings) -> [Score]
+    # (grammars, samples, seeds, target=, device=, **settings) -> [Score]
+    recover: Callable
     targets: tuple = ("latent",)
-    settings: tuple = ()          # its table of grammar.Setting
+    settings: tuple = ()        # its table of grammar.Setting
     presets: dict = {"default": {}}
-    check_size: Callable = None   # (v, s, m, L, P, target, **settings): ValueError if it can't work
-    first: Callable = lambda v, s, m: v * m  # P of the lowest rung, rounded down to a power of 2
-    sees: Callable = None         # (v, settings) -> strings that all its steps look at, if they end
-    seconds: Callable = lambda L, P: 1.0     # a guess at a run on one core, in a binary tree
-    side: int = 1                 # runs in one call, at most: networks train them side by side
-    growth: dict = {}             # {target: how P* grows with every level in the theory, "1" or "m"}
-    seeds: int = 5                # by default
+    # (v, s, m, L, P, target, **settings): raises ValueError if that can't work
+    check_size: Callable = lambda *sizes, **settings: None
+    first: Callable = lambda v, s, m: v * m  # P of the lowest rung, to be rounded down
+    sees: Callable = None       # (v, settings) -> strings seen in all its steps, if they end
+    seconds: Callable = lambda tokens, P: 1.0    # a guess at a run of s^L tokens on one core
+    side: int = 1               # runs in one call, at most: networks train them side by side
+    seeds: int = 5              # by default
 
 
-GROWTH = {
-    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
-}
+def ours(file, **more):
+    """The Learner of one of our own files, which all use the same names."""
+    return Learner(file.recover, file.TARGETS, file.SETTINGS, file.PRESETS, file.check_size, **more)
+
+
 LEARNERS = {
-    "cluster": Learner(
-        cluster.recover, cluster.TARGETS, cluster.SETTINGS, cluster.PRESETS, cluster.check_size,
+    "cluster": ours(
+        cluster,
         first=lambda v, s, m: v * m / (2 * s),  # fewer than half of the top tuples can be seen
-        seconds=lambda L, P: 0.1 + 1e-8 * P * 2**L,
-        growth=GROWTH,
+        seconds=lambda tokens, P: 0.1 + 1e-8 * P * tokens,
     ),
-    "predictor": Learner(
-        predictor.recover, predictor.TARGETS, predictor.SETTINGS, predictor.PRESETS,
-        predictor.check_size,
+    "predictor": ours(
+        predictor,
         first=lambda v, s, m: v * m**2,
         sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
-        seconds=lambda L, P: 0.4 * 2**L,
-        side=8,
-        seeds=3,
-        growth=GROWTH,
+        seconds=lambda tokens, P: 0.4 * tokens,
+        side=8, seeds=3,
     ),
-    "data2vec": Learner(
-        data2vec.recover, data2vec.TARGETS, data2vec.SETTINGS, data2vec.PRESETS,
-        data2vec.check_size,
+    "data2vec": ours(
+        data2vec,
         first=lambda v, s, m: v * m**3,
         sees=lambda v, settings: settings.steps * settings.batch,
-        seconds=lambda L, P: 1.5 * 2**L,
-        side=8,
-        seeds=3,
-        growth=GROWTH,
+        seconds=lambda tokens, P: 1.5 * tokens,
+        side=8, seeds=3,
     ),
 }
-DEFAULT = {  # the rows of the first table, and the depth up to which they are run unless asked for
+# the rows of the first table, and the depth up to which they are run unless asked for
+DEFAULT = {
     "cluster": 24, "cluster-token": 24, "cluster-root": 24, "cluster-joint": 24,
     "predictor": 24, "predictor-token": 4, "data2vec": 4, "data2vec-token": 4,
 }
+# how P* grows with every level in the theory, for each target
+GROWTH = {
+    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
+}
 
-class Method(NamedTuple):
-    """A method's name, taken apart."""
 
-    name: str        # in its one spelling
-    key: str         # the learner's, in LEARNERS
-    learner: Learner
-    target: str
-    given: dict      # {setting: value} of the name
-    settings: SimpleNamespace  # the values of all settings
+# a method's name, taken apart: in its one spelling, the learner's key in LEARNERS, the Learner,
+# the target, {setting: value} as the name gives them, and an object with all settings
+Method = namedtuple("Method", "name key learner target given settings")
 
 
 @lru_cache(maxsize=None)
 def read_method(text):
-    """LEARNER-TARGET:SETTING=VALUE:... -> Method, its name without what changes nothing and with
-    the settings in the order of the learner's table. Raises ValueError if it has no meaning."""
+    """LEARNER-TARGET:SETTING=VALUE:... -> Method. Its name leaves out what changes nothing, and
+    has the settings in the table's order. Raises ValueError if the text has no meaning."""
     words, *changes = text.split(":")
     key, _, target = words.partition("-")
     target = target or "latent"
@@ -152,12 +147,14 @@ def read_method(text):
         known = [f"{name}-{target}" for name in LEARNERS for target in LEARNERS[name].targets]
         near = difflib.get_close_matches(words, [*LEARNERS, *known], 3) or known
         raise ValueError(f"{words[:60]!r} is no learner and target; there is {', '.join(near)}")
-    learner, given = LEARNERS[key], {}
+
+    given = {}
     for change in changes:
         setting, equals, value = change.partition("=")
         if not equals or setting in given:
             raise ValueError(f"{text[:60]!r}: settings are written :name=value, each once")
         given[setting.replace("-", "_")] = value
+    learner = LEARNERS[key]
     usual = next(iter(learner.presets))
     preset = given.get("preset", usual)
     try:
@@ -165,42 +162,28 @@ def read_method(text):
         base = read_settings(learner.settings, learner.presets, {"preset": preset})
     except ValueError as error:
         raise ValueError(f"{text[:60]!r}: {error}") from None
-    name = key if target == "latent" else f"{key}-{target}"
-    name += "" if preset == usual else f":preset={preset}"
+
+    name = key
+    if target != "latent":
+        name += f"-{target}"
+    if preset != usual:
+        name += f":preset={preset}"
+    # a setting stands in the name only where it differs from the preset's
     for row in learner.settings:
         value = getattr(settings, row.name)
-        name += "" if value == getattr(base, row.name) else f":{row.name}={value}"
+        if value != getattr(base, row.name):
+            name += f":{row.name}={value}"
     return Method(name, key, learner, target, given, settings)
 
 
-# -------------------------------------------------------------------------------------------------
-# the ladder
+# ----------------------------------------------------------------------------------------
+# the ladder: one climb, of one cell and one seed
 
 
-class Cell(NamedTuple):
-    """A row of samples_vs_depth.csv."""
-
-    method: str
-    v: int
-    s: int
-    m: int
-    L: int
-    zipf: float
-
-
-class Ladder(NamedTuple):
-    """One climb: a cell and a seed."""
-
-    cell: Cell
-    seed: int
-
-
-class Run(NamedTuple):
-    """One rung: the score of what a learner made of P strings."""
-
-    score: Score
-    seconds: float
-    device: str
+# a row of samples_vs_depth.csv
+Cell = namedtuple("Cell", "method v s m L zipf")
+# one rung: the grammar.Score of what a learner made of P strings, seconds, the device's name
+Run = namedtuple("Run", "score seconds device")
 
 
 def first_rung(cell):
@@ -218,8 +201,9 @@ def last_rung(cell):
     online = getattr(method.settings, "online", False)  # then the steps follow from P
     if learner.sees and not online:
         last, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
+    # memory grows with P: the first that does not fit ends the ladder
     P = first_rung(cell)
-    while learner.check_size and P <= last:
+    while P <= last:
         try:
             learner.check_size(cell.v, cell.s, cell.m, cell.L, P, method.target, **method.given)
         except ValueError:
@@ -228,20 +212,21 @@ def last_rung(cell):
     return last, reason
 
 
-def climb(cell, runs, max_samples):
-    """Where one ladder stands. runs: {P: Run}.
+def climb(cell, rungs, max_samples):
+    """Where one ladder stands. rungs: {P: Run}.
 
-    Returns (climbed, P, end): the rungs that count, in order; the P to try next, or None; and why
-    the ladder ends there, "" if level L-1 is recovered."""
+    Returns (climbed, P, end): the rungs that count, in order; the P to try next, or None; and
+    why the ladder ends there, "" if level L-1 is recovered."""
     is_network = read_method(cell.method).learner.sees is not None
     last, reason = last_rung(cell)
     climbed, accuracy = [], []
     P = first_rung(cell)
-    while P in runs:
+    while P in rungs:
         climbed.append(P)
-        accuracy.append(runs[P].score.accuracy[cell.L - 2])
+        accuracy.append(rungs[P].score.accuracy[cell.L - 2])
         if len(climbed) > 1 and min(accuracy[-2:]) >= RECOVERED:
             return climbed, None, ""
+        # a plateau: the last rungs are hardly better than those before
         best_before = max(accuracy[:-PLATEAU], default=0)
         if is_network and best_before > 0.5 and max(accuracy[-PLATEAU:]) < best_before + RISE:
             return climbed, None, "limited by steps"
@@ -257,11 +242,13 @@ def crossing(P, accuracy, threshold):
     """The smallest P from which the accuracy is at or above the threshold on two rungs in a row,
     interpolated linearly in log P between the rung before and the first of the two.
 
-    P, accuracy: equally long lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1
-    and the lowest rung if P* is smaller; 1 and the last rung below the threshold if it is larger."""
+    P, accuracy: lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1 and the lowest
+    rung if P* is smaller; 1 and the last rung below the threshold if it is larger."""
     above = [a >= threshold for a in accuracy]
-    if all(above) or all(above[:2]):
+    # the lowest rungs are above it already
+    if all(above[:2]):
         return float(P[0]), -1
+    # one rung above it may be luck; two in a row count
     for i in range(1, len(P) - 1):
         if above[i] and above[i + 1]:
             share = (threshold - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
@@ -269,58 +256,61 @@ def crossing(P, accuracy, threshold):
     return float(max(p for p, a in zip(P, above) if not a)), 1
 
 
-# -------------------------------------------------------------------------------------------------
-# the statistics
+# ----------------------------------------------------------------------------------------
+# the statistics: "stars" are [(P*, sign) of every seed], see crossing
 
 
 def mean_star(stars):
-    """[(P*, sign) of every seed] -> (geometric mean, sign). Where seeds lie beyond their ladders it
-    is the mean of what is known and of the bounds, and so a bound itself: from below (1) or from
-    above (-1), or nothing at all (None) with seeds on both sides."""
+    """The geometric mean of P* and its sign. A mean with seeds beyond their ladders is a bound
+    itself: from below (1), from above (-1), or none (None) with seeds on both sides."""
     mean = float(np.exp(np.mean([np.log(P) for P, _ in stars])))
-    signs = {sign for _, sign in stars if sign}
-    return mean, None if len(signs) > 1 else max(signs, default=0, key=abs)
+    signs = {sign for _, sign in stars}
+    if {-1, 1} <= signs:
+        return mean, None
+    return mean, sum(signs)
 
 
-def resample(values, random):
-    """(BOOTSTRAP,) means of so many resamples of the values."""
-    return random.choice(values, size=(BOOTSTRAP, len(values))).mean(1)
+def log_interval(groups, weights):
+    """The 95 % bootstrap interval of sum_i weights[i] * (mean log P* of groups[i]), (low, high);
+    None if a seed lies beyond its ladder, or no group has two. groups: lists of stars."""
+    is_bound = any(sign for stars in groups for _, sign in stars)
+    if is_bound or max(len(stars) for stars in groups) == 1:
+        return None
+    random = np.random.default_rng(0)
+    means = []
+    for stars in groups:
+        values = np.log([P for P, _ in stars])
+        means.append(random.choice(values, size=(BOOTSTRAP, len(values))).mean(1))
+    low, high = np.percentile(weights @ np.stack(means), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def interval(stars):
-    """The 95 % bootstrap interval of the mean P*, (low, high); None for a single seed, or where a
-    seed lies beyond its ladder."""
-    if len(stars) < 2 or any(sign for _, sign in stars):
-        return None
-    means = resample(np.log([P for P, _ in stars]), np.random.default_rng(0))
-    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
-    return float(low), float(high)
+    """The 95 % interval of the mean P*, (low, high), or None; see log_interval."""
+    found = log_interval([stars], np.ones(1))
+    return found and (math.exp(found[0]), math.exp(found[1]))
 
 
 def slope(points):
     """How log P* rises with x: least squares over the seeds' means.
 
-    points: {x: [(P*, sign) of every seed]}, two or more. Returns (slope, low, high, sign), with a
-    95 % interval from resampling the seeds. A P* known from below at a large x makes the slope a
-    lower bound (sign 1); with any other bound it is not known (None). low and high are None for a
-    bound, or where no x has two seeds."""
+    points: {x: stars}, two or more. Returns (slope, low, high, sign), see log_interval. A P* known
+    from below at a large x makes it a lower bound (sign 1, no interval); with any other bound
+    it is not known (None)."""
     x = np.array(sorted(points), float)
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    means = [mean_star(points[k]) for k in sorted(points)]
-    if any(sign is None or sign * weight < 0 for (_, sign), weight in zip(means, weights)):
-        return None
+    groups = [points[k] for k in sorted(points)]
+    means = [mean_star(stars) for stars in groups]
+    # bounds help only where the true P* would make the slope larger
+    for (_, sign), weight in zip(means, weights):
+        if sign is None or sign * weight < 0:
+            return None
     value = float(weights @ np.log([mean for mean, _ in means]))
-    bound = int(any(sign for _, sign in means))
-    if bound or max(map(len, points.values())) == 1:
-        return value, None, None, bound
-    random = np.random.default_rng(0)
-    logs = [np.log([P for P, _ in points[k]]) for k in sorted(points)]
-    slopes = weights @ np.stack([resample(values, random) for values in logs])
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    return value, float(low), float(high), 0
+    low, high = log_interval(groups, weights) or (None, None)
+    return value, low, high, int(any(sign for _, sign in means))
 
 
-# -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the tables
 
 
@@ -328,97 +318,103 @@ TABLE = (
     "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,P50_over_vm3,"
     "root_P50,root_P50_lo,root_P50_hi,floor,root_floor,seeds,censored,status"
 ).split(",")
-MARKS = {  # behind a P* of the printed table
-    "limited by steps": "s",
-    "limited by memory": "m",
-    "not finished": "..",
-    "untrained above 0.5": "!",
+# why a P50 is a bound, the worst first, and its mark behind a printed P50
+STATUS = {
+    "not finished": "..", "limited by memory": "m", "limited by steps": "s",
+    "beyond Pmax": "", "below Pmin": "",
 }
 
 
 class Measure(NamedTuple):
     """What the seeds of one cell say of level L-1, or of the root."""
 
-    P50: list     # (P*, sign) of every seed, see crossing
+    P50: list        # (P*, sign) of every seed, see crossing
     P90: list
-    floor: float  # mean accuracy before any training; None if not reported
-    status: str   # why P50 is a bound, "" if it is none
+    interval: tuple  # of the mean P50, None if there is none
+    censored: int    # seeds with a P50 beyond their ladders
+    floor: float     # mean accuracy before any training; None if not reported
+    status: str      # of STATUS, "" if P50 is no bound
+    untrained: bool  # True if the floor is so high that P50 says little
 
 
 def measure(cell, ladders, level, cap):
-    """The Measure of one level. ladders: {P: Run} of every seed."""
-    P50, P90, floors, ends = [], [], [], set()
-    for runs in ladders:
-        climbed, _, end = climb(cell, runs, cap)
-        scores = [runs[P].score for P in climbed]
+    """The Measure of one level, None if no run reports it. ladders: [{P: Run} of every seed]."""
+    P50, P90, floors, bounds = [], [], [], set()
+    for rungs in ladders:
+        climbed, _, end = climb(cell, rungs, cap)
+        scores = [rungs[P].score for P in climbed]
         if not scores or min(len(score.accuracy) for score in scores) < level:
             continue  # not begun, or the learner does not report the root
         accuracy = [score.accuracy[level - 1] for score in scores]
         P50.append(crossing(climbed, accuracy, 0.5))
         P90.append(crossing(climbed, accuracy, 0.9))
         floors += [score.floor[level - 1] for score in scores if score.floor]
-        if P50[-1][1] > 0 or end == "not finished":
-            ends.add(end or "beyond Pmax")
-    worst_first = ("not finished", "limited by memory", "limited by steps", "beyond Pmax")
-    status = next((end for end in worst_first if end in ends), "")
-    if not status and any(sign < 0 for _, sign in P50):
-        status = "below Pmin"
-    return Measure(P50, P90, sum(floors) / len(floors) if floors else None, status)
+        # why P* is a bound
+        sign = P50[-1][1]
+        if sign > 0 or end == "not finished":
+            bounds.add(end or "beyond Pmax")
+        if sign < 0:
+            bounds.add("below Pmin")
+    if not P50:
+        return None
+    censored = sum(sign != 0 for _, sign in P50)
+    floor = sum(floors) / len(floors) if floors else None
+    status = next((status for status in STATUS if status in bounds), "")
+    return Measure(P50, P90, interval(P50), censored, floor, status, bool(floors) and floor > 0.5)
 
 
 def summarise(runs, caps):
-    """{Ladder: {P: Run}} -> {(Cell, "tree" or "root"): Measure}, in the order of the rows.
+    """{(Cell, seed): {P: Run}} -> {(Cell, "tree" or "root"): Measure}, in the order of the rows.
 
-    caps: {Cell: the longest P that this sweep allows}. A cell of another sweep counts as climbed to
-    its end where its highest seed stands."""
-    cells, found = {}, {}
-    for ladder in sorted(runs, key=lambda ladder: (row_order(ladder.cell), ladder.seed)):
-        cells.setdefault(ladder.cell, []).append(runs[ladder])
-    for cell, ladders in cells.items():
-        cap = caps.get(cell) or max(max(rungs) for rungs in ladders)
+    caps: {Cell: the longest P that this sweep allows}. A cell of another sweep counts as climbed
+    to its end where its highest seed stands."""
+    ladders, measures = {}, {}
+    for cell, seed in sorted(runs, key=lambda ladder: row_order(*ladder)):
+        ladders.setdefault(cell, []).append(runs[cell, seed])
+    for cell, seeds in ladders.items():
+        cap = caps.get(cell) or max(max(rungs) for rungs in seeds)
         for part, level in (("tree", cell.L - 1), ("root", cell.L)):
-            measured = measure(cell, ladders, level, cap)
-            if measured.P50:
-                found[cell, part] = measured
-    return found
+            found = measure(cell, seeds, level, cap)
+            if found:
+                measures[cell, part] = found
+    return measures
 
 
-def row_order(cell):
+def row_order(cell, seed=0):
     """Sizes, then learners, then methods in the order of DEFAULT, then all others."""
     learner = list(LEARNERS).index(read_method(cell.method).key)
-    names = list(DEFAULT)
-    place = names.index(cell.method) if cell.method in names else len(names)
-    return cell.v, cell.s, cell.m, cell.zipf, learner, place, cell
+    names = [*DEFAULT, cell.method]
+    return cell.v, cell.s, cell.m, cell.zipf, learner, names.index(cell.method), cell, seed
 
 
 def star_text(stars):
     """[(P*, sign) of every seed] -> "412", "> 1024", "< 16" or "?"."""
     mean, sign = mean_star(stars)
-    return "?" if sign is None else {0: "", 1: "> ", -1: "< "}[sign] + f"{mean:.0f}"
-
-
-def marks_of(found):
-    """What a reader has to know beside a P*."""
-    floored = found.floor is not None and found.floor > 0.5
-    return [found.status] * (found.status in MARKS) + ["untrained above 0.5"] * floored
+    bounds = {0: "", 1: "> ", -1: "< "}
+    return "?" if sign is None else f"{bounds[sign]}{mean:.0f}"
 
 
 def short_text(found):
     """A cell of the printed table."""
-    return star_text(found.P50).replace(" ", "") + "".join(MARKS[mark] for mark in marks_of(found))
+    text = star_text(found.P50).replace(" ", "") + STATUS.get(found.status, "")
+    return text + "!" if found.untrained else text
 
 
 def long_text(found):
-    """A cell of samples_vs_depth.md: with the interval over the seeds, and with what limits it."""
+    """A cell of samples_vs_depth.md: with the interval over the seeds, and what limits it."""
     text = star_text(found.P50)
-    bounds = interval(found.P50)
-    if bounds:
-        text += " [{:.0f}, {:.0f}]".format(*bounds)
-    beyond = sum(sign != 0 for _, sign in found.P50)
-    notes = [f"{beyond} of {len(found.P50)} seeds"] * (beyond > 0)
-    notes += ["one seed"] * (len(found.P50) == 1) + [found.status] * (found.status in MARKS)
-    notes += [f"untrained {found.floor:.2f}"] if found.floor is not None else []
-    return text + (f" ({', '.join(notes)})" if notes else "")
+    if found.interval:
+        text += " [{:.0f}, {:.0f}]".format(*found.interval)
+    notes = []
+    if found.censored:
+        notes.append(f"{found.censored} of {len(found.P50)} seeds")
+    if len(found.P50) == 1:
+        notes.append("one seed")
+    if STATUS.get(found.status):            # "> " or "< " says the others
+        notes.append(found.status)
+    if found.floor is not None:
+        notes.append(f"untrained {found.floor:.2f}")
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def slope_text(points, scale):
@@ -427,28 +423,33 @@ def slope_text(points, scale):
     if found is None:
         return ""
     value, low, high, bound = found
-    text = (">= " if bound else "") + f"{scale(value):.2f}"
+    text = f"{scale(value):.2f}"
+    if bound:
+        return f">= {text}"
     return text if low is None else f"{text} [{scale(low):.2f}, {scale(high):.2f}]"
 
 
 def table_row(cell, measures):
     """A row of samples_vs_depth.csv as {column: value}."""
-    row = dict(zip(TABLE, cell)) | {"seeds": 0, "status": "not run"}
+    row = {"seeds": 0, "status": "not run"} | cell._asdict()
     for part, prefix in (("tree", ""), ("root", "root_")):
         found = measures.get((cell, part))
-        if found:
-            bounds = interval(found.P50)
-            row[f"{prefix}P50"] = star_text(found.P50)
-            row[f"{prefix}P50_lo"] = f"{bounds[0]:.0f}" if bounds else ""
-            row[f"{prefix}P50_hi"] = f"{bounds[1]:.0f}" if bounds else ""
-            row[f"{prefix}floor"] = "" if found.floor is None else f"{found.floor:.3f}"
+        if not found:
+            continue
+        row[prefix + "P50"] = star_text(found.P50)
+        if found.interval:
+            row[prefix + "P50_lo"] = f"{found.interval[0]:.0f}"
+            row[prefix + "P50_hi"] = f"{found.interval[1]:.0f}"
+        if found.floor is not None:
+            row[prefix + "floor"] = f"{found.floor:.3f}"
     found = measures.get((cell, "tree"))
     if found:
         mean, sign = mean_star(found.P50)
+        if sign == 0:
+            row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
         row["P90"] = star_text(found.P90)
-        row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}" if sign == 0 else ""
         row["seeds"] = len(found.P50)
-        row["censored"] = sum(sign != 0 for _, sign in found.P50)
+        row["censored"] = found.censored
         row["status"] = found.status
     return row
 
@@ -460,99 +461,113 @@ def depth_tables(measures, unrun, cell_text):
     column ends with the depths that it covers."""
     sizes = {}  # (v, s, m, zipf) -> {(part, method): {L: Measure or None}}
     for cell, part in [*measures, *((cell, "tree") for cell in unrun)]:
-        methods = sizes.setdefault((cell.v, cell.s, cell.m, cell.zipf), {})
-        methods.setdefault((part, cell.method), {})[cell.L] = measures.get((cell, part))
+        rows = sizes.setdefault((cell.v, cell.s, cell.m, cell.zipf), {})
+        rows.setdefault((part, cell.method), {})[cell.L] = measures.get((cell, part))
+
     tables = []
-    for (v, s, m, zipf), methods in sorted(sizes.items()):
-        depths = sorted({L for cells in methods.values() for L in cells})
+    for (v, s, m, zipf), rows in sorted(sizes.items()):
+        depths = sorted({L for row in rows.values() for L in row})
         title = f"v={v} s={s} m={m}" + (f" zipf={zipf:g}" if zipf else "")
         table = [[title, *(f"L={L}" for L in depths), "growth a level, L", "law"]]
-        for part, method in sorted(methods, key=lambda key: key[0] == "root"):
-            cells = methods[part, method]
-            texts = {L: cell_text(found) if found else "-" for L, found in cells.items()}
-            deep = {L: found.P50 for L, found in cells.items() if found and L > 2}
+        for part, method in sorted(rows, key=lambda row: row[0] == "root"):
+            found = rows[part, method]
+            texts = dict.fromkeys(depths, "")
+            for L in found:
+                texts[L] = cell_text(found[L]) if found[L] else "-"
+            deep = {L: found[L].P50 for L in found if found[L] and L > 2}
             growth = slope_text(deep, math.exp)
-            growth += f" {min(deep)}..{max(deep)}" if growth else ""
-            name = method if part == "tree" else f"{method}, root"
-            growth_of = read_method(method).learner.growth
-            law = growth_of.get(read_method(method).target, "") if part == "tree" else ""
-            table.append([name, *(texts.get(L, "") for L in depths), growth, law])
+            if growth:
+                growth += f" {min(deep)}..{max(deep)}"
+            name, law = f"{method}, root", ""  # the theory is about the tree
+            if part == "tree":
+                name, law = method, GROWTH.get(read_method(method).target, "")
+            table.append([name, *texts.values(), growth, law])
         tables.append(table)
     return tables
 
 
 def printed_tables(measures, unrun):
     """The tables for the terminal, five depths side by side, and what their marks mean."""
-    text = ""
+    lines = []
     for table in depth_tables(measures, unrun, short_text):
-        depths = len(table[0]) - 3
-        for start in range(1, depths + 1, 5):
-            stop = min(start + 5, depths + 1)
+        last = len(table[0]) - 2            # of the depths' columns
+        # a wide table wraps, with its name, growth and law in every part
+        for start in range(1, last, 5):
+            stop = min(start + 5, last)
             part = [[row[0], *row[start:stop], *row[-2:]] for row in table]
             widths = [max(map(len, column)) for column in zip(*part)]
             for name, *cells in part:
-                cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-                text += "  ".join([name.ljust(widths[0]), *cells]).rstrip() + "\n"
-    used = {mark for found in measures.values() for mark in marks_of(found)}
-    text += "".join(f"{sign}  {mark}\n" for mark, sign in MARKS.items() if mark in used)
+                line = name.ljust(widths[0])
+                for cell, width in zip(cells, widths[1:]):
+                    line += "  " + cell.rjust(width)
+                lines.append(line.rstrip())
+    # only the marks that stand above are explained
+    used = {found.status for found in measures.values()}
+    lines += [f"{sign}  {status}" for status, sign in STATUS.items() if sign and status in used]
+    if any(found.untrained for found in measures.values()):
+        lines.append("!  untrained above 0.5")
     if unrun:
         methods = ",".join(dict.fromkeys(cell.method for cell in unrun))
         depths = ",".join(str(L) for L in sorted({cell.L for cell in unrun}))
-        text += f"-  not run: --methods {methods} --depth {depths}\n"
-    return text
+        lines.append(f"-  not run: --methods {methods} --depth {depths}")
+    return "\n".join(lines)
 
 
 def markdown_tables(measures, unrun):
     """samples_vs_depth.md: every cell with its interval, then the exponents of m."""
     tables = depth_tables(measures, unrun, long_text)
-    exponents = {}
+    over_m = {}  # a Cell without its m -> {m: stars}
     for (cell, part), found in measures.items():
         if part == "tree":
-            exponents.setdefault(cell._replace(m=0), {})[math.log(cell.m)] = found.P50
-    rows = []
-    for cell, points in exponents.items():
-        exponent = slope_text(points, float)
-        several = sorted(round(math.exp(x)) for x in points)
+            over_m.setdefault(cell._replace(m=0), {})[cell.m] = found.P50
+    exponents = [["method", "size", "m", "exponent of m in P*"]]
+    for cell, stars in over_m.items():
+        exponent = slope_text({math.log(m): stars[m] for m in stars}, float)
         if exponent:
             size = f"v={cell.v} s={cell.s} L={cell.L}"
-            rows.append([cell.method, size, f"{several[0]}..{several[-1]}", exponent])
-    if rows:
-        tables.append([["method", "size", "m", "exponent of m in P*"], *rows])
+            exponents.append([cell.method, size, f"{min(stars)}..{max(stars)}", exponent])
+    if len(exponents) > 1:
+        tables.append(exponents)
+
     text = "P*, the samples at which level L-1, or the root, is recovered (accuracy 0.5): "
     text += "geometric mean over the seeds [95 % interval]; -: not run\n"
-    for table in tables:
-        lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-        text += "\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    # each with a line between its header and its rows
+    for header, *rows in tables:
+        text += "\n"
+        for line in (header, ["---"] * len(header), *rows):
+            text += "| " + " | ".join(line) + " |\n"
     return text
 
 
-# -------------------------------------------------------------------------------------------------
-# all ladders
+# ----------------------------------------------------------------------------------------
+# climbing all ladders
 
 
-def run_batch(cell, rungs, device):
-    """Runs of one cell side by side. rungs: [(P, seed)]. Returns {(P, seed): Run}."""
+def run_batch(cell, batch, device):
+    """Runs of one cell side by side. batch: [(P, seed)]. Returns {(P, seed): Run}."""
     method = read_method(cell.method)
-    samples, seeds = zip(*rungs)
+    samples = [P for P, _ in batch]
+    seeds = [seed for _, seed in batch]
     grammars = [Grammar.random(*cell[1:5], seed, cell.zipf) for seed in seeds]
     start = time.perf_counter()
     scores = method.learner.recover(
         grammars, samples, seeds, target=method.target, device=device, **method.given
     )
-    seconds = (time.perf_counter() - start) / len(rungs)
-    return {rung: Run(score, seconds, device) for rung, score in zip(rungs, scores, strict=True)}
+    # every run has its share of the batch's time
+    seconds = (time.perf_counter() - start) / len(batch)
+    return {rung: Run(score, seconds, device) for rung, score in zip(batch, scores, strict=True)}
 
 
 def start_worker():
-    """One thread of work per process. Ctrl-C ends it at once and silently, since finished runs are
-    the parent's business, and so does the parent's death, which would leave it waiting for ever."""
+    """One thread of work per process. Ctrl-C ends it at once and silently, since finished runs
+    are the parent's business; and so does the parent's death, or it would wait for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-class OneProcess:
+class OneProcess(Executor):
     """Stands in for a pool of processes where one job is asked for; needs no shared memory."""
 
     def submit(self, work, *arguments):
@@ -560,100 +575,98 @@ class OneProcess:
         future.set_result(work(*arguments))
         return future
 
-    def shutdown(self, **how):
-        pass
-
 
 def next_batch(cell, seeds, runs, cap, busy):
     """The rungs of a cell to run next, [(P, seed)]: what its ladders need and is not under way.
 
-    Runs side by side are cheap, so a network climbs a few rungs ahead; a rung that turns out to lie
-    beyond its ladder's end does not count."""
+    Runs side by side are cheap, so a network climbs a few rungs ahead; a rung that turns out to
+    lie beyond its ladder's end does not count."""
     side = read_method(cell.method).learner.side
     highest = min(cap, last_rung(cell)[0])
-    rungs = []
+    batch = []
     for seed in seeds:
-        known = runs.get(Ladder(cell, seed), {})
-        climbed, P, _ = climb(cell, known, cap)
+        rungs = runs.get((cell, seed), {})
+        climbed, P, _ = climb(cell, rungs, cap)
         if P is None:
             continue
-        recovered = climbed and known[climbed[-1]].score.accuracy[cell.L - 2] >= RECOVERED
-        ahead = 1 if side == 1 or recovered else 2 if climbed else 3
-        ahead = [P * RUNG**i for i in range(ahead)]
-        rungs += [(P, seed) for P in ahead if P <= highest and P not in known]
-    rungs = sorted(rung for rung in rungs if rung not in busy)
-    batches = max(1, math.ceil(len(rungs) / side))
-    return rungs[: math.ceil(len(rungs) / batches)]
+        ahead = 2 if climbed else 3
+        # one recovered rung: the next is likely to be the last
+        if side == 1 or climbed and rungs[climbed[-1]].score.accuracy[cell.L - 2] >= RECOVERED:
+            ahead = 1
+        for rung in [P * RUNG**i for i in range(ahead)]:
+            if rung <= highest and rung not in rungs and (rung, seed) not in busy:
+                batch.append((rung, seed))
+    # batches of about one size, the lowest rungs first
+    batches = max(1, math.ceil(len(batch) / side))
+    return sorted(batch)[: math.ceil(len(batch) / batches)]
 
 
-def guess(cell, P):
-    """Core seconds of one run, by the learner's own guess for binary trees."""
-    return read_method(cell.method).learner.seconds(cell.L * math.log2(cell.s), P)
-
-
-def seconds_left(cells, runs, cap):
-    """A guess at the core seconds until all ladders are climbed: each has five rungs, and one more
-    if it has reached them."""
+def seconds_left(cell, seeds, runs, cap):
+    """A guess at the core seconds until a cell's ladders are climbed: each has five rungs, and
+    one more if it has reached them."""
+    seconds = read_method(cell.method).learner.seconds
     left = 0.0
-    for cell, seeds in cells.items():
-        for seed in seeds:
-            climbed, P, _ = climb(cell, runs.get(Ladder(cell, seed), {}), cap)
-            if P is not None:
-                left += max(1, 5 - len(climbed)) * guess(cell, P)
+    for seed in seeds:
+        climbed, P, _ = climb(cell, runs.get((cell, seed), {}), cap)
+        if P is not None:
+            left += max(1, 5 - len(climbed)) * seconds(cell.s**cell.L, P)
     return left
 
 
 def sweep(cells, folder, cap, device, jobs, report):
-    """Climb all ladders, in batches, in `jobs` processes of one thread each, and put every finished
-    run on disk at once. cells: {Cell: seeds}. report(key) is called whenever all ladders of a
-    learner have come to their ends, and report(None) now and then."""
+    """Climb all ladders, in batches, in `jobs` processes of one thread each, and put every
+    finished run on disk at once. cells: {Cell: seeds}. report(key) is called when all ladders of
+    a learner have come to their ends, and report(None) now and then."""
     # one learner after the other, the deepest trees first: long work last leaves cores idle
-    order = sorted(cells, key=lambda cell: (row_order(cell)[4], -cell.L))
-    climbing = {cell: cells[cell] for cell in order}
-    running = {}  # future -> (cell, rungs)
-    runs, next_look, next_report = folder.runs, 0.0, time.time() + 10
+    learners = list(LEARNERS)
+    key_of = {cell: read_method(cell.method).key for cell in cells}
+    climbing = sorted(cells, key=lambda cell: (learners.index(key_of[cell]), -cell.L))
+    busy = {cell: set() for cell in cells}  # the rungs under way
+    running = {}                            # future -> (cell, batch)
+    left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=seconds_left(climbing, runs, cap), bar_format=layout, smoothing=0)
+    bar = tqdm(total=sum(left.values()), bar_format=layout, smoothing=0)
+    next_report = time.time() + 30
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
     try:
         while climbing:
+            # keep every process at work
             for cell in list(climbing):
                 if len(running) >= jobs:
                     break
-                busy = {rung for c, rungs in running.values() if c == cell for rung in rungs}
-                batch = next_batch(cell, cells[cell], runs, cap, busy)
+                batch = next_batch(cell, cells[cell], folder.runs, cap, busy[cell])
                 while batch and len(running) < jobs:
                     running[pool.submit(run_batch, cell, batch, device)] = cell, batch
-                    busy |= set(batch)
-                    batch = next_batch(cell, cells[cell], runs, cap, busy)
-                if not any(cell == c for c, _ in running.values()):  # all its ladders are climbed
-                    del climbing[cell]
-                    key = read_method(cell.method).key
-                    if all(read_method(c.method).key != key for c in climbing):
-                        report(key)
-            names = (f"{c.method[:30]} L={c.L} P={b[-1][0]}" for c, b in running.values())
-            bar.set_postfix_str(", ".join(names), refresh=False)
+                    busy[cell].update(batch)
+                    bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
+                    batch = next_batch(cell, cells[cell], folder.runs, cap, busy[cell])
+                if not busy[cell]:          # all its ladders are climbed
+                    climbing.remove(cell)
+                    if all(key_of[other] != key_of[cell] for other in climbing):
+                        report(key_of[cell])
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                cell, _ = running.pop(future)
+                cell, batch = running.pop(future)
                 found = future.result()
                 folder.append(cell, found)
+                busy[cell].difference_update(batch)
+                # the estimate follows what the ladders turn out to need
+                left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
+                seconds = read_method(cell.method).learner.seconds
                 for (P, seed), run in found.items():
-                    bar.n += guess(cell, P)
+                    bar.n += seconds(cell.s**cell.L, P)
                     if run.score.diverged:
                         where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
                         tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
                                    "counts as not recovered")
-            if time.time() > next_look:
-                bar.total = bar.n + seconds_left(climbing, runs, cap)
-                next_look = time.time() + 1
-            bar.total = max(bar.total, bar.n)
+            bar.total = bar.n + sum(left.values())
             bar.refresh()
             if time.time() > next_report:
                 start = time.time()
                 report(None)
-                next_report = time.time() + max(5, 20 * (time.time() - start))  # 5 % at most
+                # it reads all files afresh: let that be 5 % of the time at most
+                next_report = time.time() + max(30, 20 * (time.time() - start))
     except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
@@ -663,11 +676,18 @@ def sweep(cells, folder, cap, device, jobs, report):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the folder: finished runs on disk
 
 
-COLUMNS = "method,v,s,m,L,zipf,P,seed,level,accuracy,floor,seconds,device,mark".split(",")
+# the columns of runs.csv, and how each is read
+COLUMNS = {
+    "method": str, "v": whole(1), "s": whole(1), "m": whole(1), "L": whole(1),
+    "zipf": real(0, 10), "P": whole(1, 2**40), "seed": whole(0), "level": whole(1),
+    "accuracy": real(0, 1), "floor": lambda text: real(0, 1)(text) if text else None,
+    "seconds": real(0, 1e9), "device": str, "mark": str,
+}
+# an older form, which is read but no longer written
 OLD_COLUMNS = "method,v,s,m,L,P,seed,level,accuracy,seconds,device,collapsed".split(",")
 OLD_NAMES = {
     "cluster-cousins": "cluster:positions=cousins", "cluster-element": "cluster:positions=element",
@@ -680,23 +700,25 @@ class Refused(Exception):
 
 
 class Folder:
-    """The results of any number of sweeps. Each appends its runs to a file of its own under runs/,
-    which nobody else writes; runs.csv and the tables are made from all of these files."""
+    """The results of any number of sweeps. Each appends its runs to a file of its own under
+    runs/, which nobody else writes; runs.csv and the tables are made from all these files."""
 
     def __init__(self, path, keys):
-        """Check the folder against this program, and read its runs. keys: of the learners that the
-        sweep will use. Changes nothing. Raises Refused."""
+        """Check the folder against this program, and read its runs. keys: of the learners that
+        the sweep will use. Changes nothing. Raises Refused."""
         self.path = path
         self.file = path / "runs" / f"{uuid.uuid4().hex[:12]}.csv"
+        self.runs = {}  # {(Cell, seed): {P: Run}}
         self.settings = {"sweep": {"format": 2, "recovered": RECOVERED, "rung": RUNG}}
         for key, learner in LEARNERS.items():
             self.settings[key] = {row.name: row.default for row in learner.settings}
         try:
             stored = self.read_settings()
-            self.runs = self.read()
+            self.read()
         except (OSError, UnicodeDecodeError) as error:
             raise Refused(f"cannot be read ({error})") from None
-        used = {read_method(ladder.cell.method).key for ladder in self.runs} | set(keys)
+        # runs of other settings must not stand in one table
+        used = {read_method(cell.method).key for cell, _ in self.runs} | set(keys)
         for key in ("sweep", *sorted(used)):
             for name, value in stored.get(key, {}).items():
                 here = self.settings[key].get(name)
@@ -704,72 +726,67 @@ class Folder:
                     raise Refused(f"was made with {key}'s {name} = {value}, which is now {here}")
 
     def read_settings(self):
-        """What settings.json holds, {} if there is none. Raises Refused if we did not write it."""
+        """What settings.json holds, {} if there is none. Raises Refused if it is not ours."""
         file = self.path / "settings.json"
         if not file.exists():
-            foreign = [name for name in FILES if (self.path / name).exists()]
-            if foreign:
-                raise Refused(f"has a {foreign[0]} but no settings.json that belongs to it")
+            for name in FILES:
+                if (self.path / name).exists():
+                    raise Refused(f"has a {name} but no settings.json that belongs to it")
             return {}
         try:
             stored = json.loads(file.read_bytes())
-            mine = "rung" in stored["sweep"] and all(isinstance(x, dict) for x in stored.values())
+            if "rung" in stored["sweep"] and all(isinstance(x, dict) for x in stored.values()):
+                return stored
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            mine = False
-        if not mine:
-            raise Refused("has a settings.json that is not a sweep's")
-        return stored
+            pass
+        raise Refused("has a settings.json that is not a sweep's")
 
     def read(self):
-        """The runs of all files, {Ladder: {P: Run}}; one that stands twice is read once."""
-        runs = {}
+        """Take in the runs of all files; one that stands twice is read once."""
         for file in [self.path / "runs.csv", *sorted((self.path / "runs").glob("*.csv"))]:
             if file.exists():
                 for ladder, rungs in read_runs(file).items():
-                    runs[ladder] = rungs | runs.get(ladder, {})
-        return runs
+                    self.runs[ladder] = rungs | self.runs.get(ladder, {})
 
     def create(self):
         """Make the folder and its settings.json. Raises OSError."""
         (self.path / "runs").mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "settings.json", json.dumps(self.settings, indent=1) + "\n")
+        self.write("settings.json", json.dumps(self.settings, indent=1) + "\n")
+
+    def write(self, name, text):
+        write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def append(self, cell, found):
         """Put finished runs, {(P, seed): Run}, on disk and into self.runs."""
         rows = [] if self.file.exists() else [COLUMNS]
         for (P, seed), run in found.items():
             rows += reversed(rows_of(cell, P, seed, run))  # level 1 last: a run with it is whole
-        with open(self.file, "a", newline="") as file:
-            file.write(csv_text(rows))
+        with open(self.file, "ab") as file:
+            file.write(csv_text(rows).encode())
         for (P, seed), run in found.items():
-            self.runs.setdefault(Ladder(cell, seed), {})[P] = run
+            self.runs.setdefault((cell, seed), {})[P] = run
 
     def write_tables(self, caps, unrun):
         """Make runs.csv and both tables from all files as they are now. Returns the Measures."""
-        for ladder, rungs in self.read().items():
-            self.runs[ladder] = rungs | self.runs.get(ladder, {})
-        rows = [COLUMNS]
-        for ladder in sorted(self.runs, key=lambda x: (row_order(x.cell), x.seed)):
-            for P in sorted(self.runs[ladder]):
-                rows += rows_of(ladder.cell, P, ladder.seed, self.runs[ladder][P])
-        write_text(self.path / "runs.csv", csv_text(rows))
+        self.read()
+        runs = [COLUMNS]
+        for cell, seed in sorted(self.runs, key=lambda ladder: row_order(*ladder)):
+            for P, run in sorted(self.runs[cell, seed].items()):
+                runs += rows_of(cell, P, seed, run)
         measures = summarise(self.runs, caps)
-        cells = sorted({*(cell for cell, _ in measures), *unrun}, key=row_order)
-        rows = [table_row(cell, measures) for cell in cells]
-        rows = [TABLE, *([row.get(column, "") for column in TABLE] for row in rows)]
-        write_text(self.path / "samples_vs_depth.csv", csv_text(rows))
-        write_text(self.path / "samples_vs_depth.md", markdown_tables(measures, unrun))
+        table = [TABLE]
+        for cell in sorted({*(cell for cell, _ in measures), *unrun}, key=row_order):
+            row = table_row(cell, measures)
+            table.append([row.get(column, "") for column in TABLE])
+        self.write("runs.csv", csv_text(runs))
+        self.write("samples_vs_depth.csv", csv_text(table))
+        self.write("samples_vs_depth.md", markdown_tables(measures, unrun))
         return measures
 
 
 def csv_text(rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def write_text(path, text):
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Rows as a file's text; nothing in ours holds a comma, a quote or a line's end."""
+    return "".join(",".join(map(str, row)) + "\n" for row in rows)
 
 
 def rows_of(cell, P, seed, run):
@@ -777,7 +794,8 @@ def rows_of(cell, P, seed, run):
     rows, score = [], run.score
     for i, accuracy in enumerate(score.accuracy):
         mark = "collapsed" if score.collapsed[i] else ""
-        mark = f"diverged@{score.diverged}" if score.diverged else mark
+        if score.diverged:
+            mark = f"diverged@{score.diverged}"
         floor = f"{score.floor[i]:.6f}" if score.floor else ""
         values = [f"{accuracy:.6f}", floor, f"{run.seconds:.3f}", run.device, mark]
         rows.append([*cell[:5], f"{cell.zipf:g}", P, seed, i + 1, *values])
@@ -785,65 +803,84 @@ def rows_of(cell, P, seed, run):
 
 
 def read_runs(file):
-    """A file of runs -> {Ladder: {P: Run}}, without a last run that was cut short. Rows are checked
-    as strictly as flags. Raises Refused, naming the line, and OSError."""
-    text = file.read_bytes().decode()
-    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [",".join(COLUMNS)]
+    """A file of runs -> {(Cell, seed): {P: Run}}, without a last run that was cut short. Rows are
+    checked as strictly as flags. Raises Refused, naming the line, and OSError."""
+    text = file.read_text(encoding="utf-8")
+    if ",".join(COLUMNS).startswith(text):
+        return {}                           # killed before its first row
+    header, *lines = text.split("\n")
     columns = header.split(",")
-    if columns not in (COLUMNS, OLD_COLUMNS) or not text.startswith(header[: len(text)]):
+    if columns not in (list(COLUMNS), OLD_COLUMNS):
         raise Refused(f"has a {file.name} with other columns than {','.join(COLUMNS)}")
-    found, last = {}, None  # found: (Ladder, P) -> {level: what its row says}
-    for number, line in enumerate(lines, 2):
+
+    found, last = {}, None                  # found: (Cell, seed, P) -> {level: row}
+    for number, line in enumerate(lines[:-1], 2):  # the last is empty, or torn
         try:
-            row = dict(zip(columns, next(csv.reader([line])), strict=True))
-            key, level, values = read_row(row)
-            if last not in (None, key) and not set(range(1, last[0].cell.L)) <= set(found[last]):
+            run, row = read_row(columns, line)
+            # only the last run of a file can have been cut short
+            if last not in (None, run) and not is_whole(last, found[last]):
                 raise ValueError("the run before it is not whole")
-        except (ValueError, StopIteration, csv.Error) as error:
+        except ValueError as error:
             reason = f"line {number} cannot be used: {error}"
             raise Refused(f"has a {file.name} whose {reason}") from None
-        found.setdefault(key, {}).setdefault(level, values)
-        last = key
+        found.setdefault(run, {}).setdefault(row["level"], row)
+        last = run
+
+    # a last run that was cut short will be done again
+    if last and not is_whole(last, found[last]):
+        del found[last]
     runs = {}
-    for (ladder, P), levels in found.items():
-        if set(range(1, ladder.cell.L)) <= set(levels):
-            accuracy, collapsed, floor, rest = zip(*(levels[level] for level in sorted(levels)))
-            diverged, seconds, device = rest[0]
-            score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
-            runs.setdefault(ladder, {})[P] = Run(score, seconds, device)
+    for (cell, seed, P), levels in found.items():
+        rows = [levels[level] for level in sorted(levels)]
+        accuracy = [row["accuracy"] for row in rows]
+        collapsed = [row["mark"] == "collapsed" for row in rows]
+        floor = [row["floor"] for row in rows]
+        diverged = int(rows[0]["mark"].partition("@")[2] or 0)
+        score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
+        run = Run(score, rows[0]["seconds"], rows[0]["device"])
+        runs.setdefault((cell, seed), {})[P] = run
     return runs
 
 
-def read_row(row):
-    """{column: text} -> ((Ladder, P), level, values). Raises ValueError."""
+def is_whole(run, levels):
+    """True if all levels below the root are there; not every learner reports the root."""
+    cell, _, _ = run
+    return set(levels) >= set(range(1, cell.L))
 
-    def value(column, kind):
+
+def read_row(columns, line):
+    """A line of a file of runs -> ((Cell, seed, P), {column: value}). Raises ValueError."""
+    texts = line.split(",")
+    if len(texts) != len(columns):
+        raise ValueError(f"{len(texts)} values in {len(columns)} columns")
+    row = dict(zip(columns, texts))
+    if "collapsed" in row:                  # of the old form
+        row["mark"] = {"0": "", "1": "collapsed"}.get(row["collapsed"], "?")
+        row |= {"zipf": "0", "floor": "", "method": OLD_NAMES.get(row["method"], row["method"])}
+    # read every value as a flag's type would
+    for column, kind in COLUMNS.items():
         try:
-            return kind(row[column])
+            row[column] = kind(row[column])
         except ArgumentTypeError as error:
             raise ValueError(f"{column} {error}") from None
 
-    name = OLD_NAMES.get(row["method"], row["method"])
-    if read_method(name).name != name:
-        raise ValueError(f"the method is written {read_method(name).name!r}")
-    v, s, m, L = (value(column, whole(1)) for column in "vsmL")
-    check_sizes(v, s, m, L)
-    cell = Cell(name, v, s, m, L, value("zipf", real(0, 10)) if "zipf" in row else 0.0)
-    ladder = Ladder(cell, value("seed", whole(0)))
-    P, level = value("P", whole(1, 2**40)), value("level", whole(1, L))
-    if P < first_rung(cell) or P & (P - 1):
-        raise ValueError(f"P = {P} is no rung: a power of 2 from {first_rung(cell)} on")
-    accuracy, seconds = value("accuracy", real(0, 1)), value("seconds", real(0, 1e9))
-    floor = value("floor", real(0, 1)) if row.get("floor") else None
-    mark = row["mark"] if "mark" in row else {"0": "", "1": "collapsed"}.get(row["collapsed"], "?")
-    known = re.fullmatch(r"|collapsed|diverged@(\d{1,12})", mark)
-    if not known or not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", row["device"]):
-        raise ValueError(f"device {row['device'][:20]!r}, mark {mark[:20]!r}")
-    run = int(known[1] or 0), seconds, row["device"]
-    return (ladder, P), level, (accuracy, mark == "collapsed", floor, run)
+    cell = Cell(*(row[field] for field in Cell._fields))
+    name = read_method(cell.method).name
+    if cell.method != name:
+        raise ValueError(f"the method is written {name!r}")
+    check_sizes(cell.v, cell.s, cell.m, cell.L)
+    P, lowest = row["P"], first_rung(cell)
+    if P < lowest or P & (P - 1):
+        raise ValueError(f"P = {P} is no rung: a power of 2 from {lowest} on")
+    device, mark = row["device"], row["mark"]
+    is_device = re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device)
+    is_mark = re.fullmatch(r"|collapsed|diverged@\d{1,12}", mark)
+    if row["level"] > cell.L or not is_device or not is_mark:
+        raise ValueError(f"level {row['level']}, device {device[:20]!r}, mark {mark[:20]!r}")
+    return (cell, row["seed"], P), row
 
 
-# -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the command line
 
 
@@ -856,7 +893,7 @@ def span(low, high):
             ends = [whole(low, high)(end) for end in part.split("..")]
             if len(ends) > 2 or not 0 <= ends[-1] - ends[0] < 1000:
                 raise ArgumentTypeError(f"must be like 4 or 2..6 or 2,4,6, not {text[:20]!r}")
-            numbers |= set(range(ends[0], ends[-1] + 1))
+            numbers.update(range(ends[0], ends[-1] + 1))
         return sorted(numbers)
 
     return read
@@ -864,40 +901,40 @@ def span(low, high):
 
 def methods(text):
     """An argparse type: methods, separated by commas; all stands for the rows of DEFAULT."""
-    try:
-        names = [DEFAULT if name == "all" else [read_method(name).name] for name in text.split(",")]
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
-    return list(dict.fromkeys(name for several in names for name in several))
+    names = {}  # in order, once each
+    for word in text.split(","):
+        try:
+            found = DEFAULT if word == "all" else [read_method(word).name]
+        except ValueError as error:
+            raise ArgumentTypeError(str(error)) from None
+        names |= dict.fromkeys(found)
+    return list(names)
 
 
-def cells_from_flags(parser, args):
-    """({Cell: its seeds}, the cells that are left out unless asked for by name). What can't work
-    ends the script with one line, before any work."""
+def cells_from_flags(args):
+    """({Cell: its seeds}, the cells that are left out unless asked for by name). Raises
+    ValueError, naming the flag, if one can't work."""
     cells, left_out = {}, []
-    for name in args.methods or DEFAULT:
+    v, s = args.v, args.s
+    for name, m, L in itertools.product(args.methods or DEFAULT, args.m, args.depth):
+        cell = Cell(name, v, s, m, L, args.zipf)
+        if args.methods in (None, list(DEFAULT)) and L > DEFAULT[name]:
+            left_out.append(cell)
+            continue
         method = read_method(name)
-        for m in args.m:
-            for L in args.depth:
-                cell = Cell(name, args.v, args.s, m, L, args.zipf)
-                if args.methods in (None, list(DEFAULT)) and L > DEFAULT[name]:
-                    left_out.append(cell)
-                    continue
-                try:
-                    check_sizes(args.v, args.s, m, L)
-                    if method.learner.check_size:
-                        method.learner.check_size(args.v, args.s, m, L, 1, method.target, **method.given)
-                except ValueError as error:
-                    parser.error(f"argument --{error}")
-                lowest, (highest, reason) = first_rung(cell), last_rung(cell)
-                if highest < lowest:
-                    parser.error(f"argument --methods: {name} cannot begin at m = {m}: its first rung is "
-                                 f"{lowest} strings, and it is {reason} to {highest}")
-                if args.max_samples < lowest:
-                    parser.error(f"argument --max-samples: the ladder of {name} starts at {lowest}")
-                cells[cell] = range(args.seeds or method.learner.seeds)
+        # sizes first: their errors name the flag
+        check_sizes(v, s, m, L)
+        method.learner.check_size(v, s, m, L, 1, method.target, **method.given)
+        # a ladder without a rung would be missing from the table in silence
+        lowest, (highest, reason) = first_rung(cell), last_rung(cell)
+        if highest < lowest:
+            raise ValueError(f"methods: {name} cannot begin at m = {m}: its first rung is "
+                             f"{lowest} strings, and it is {reason} to {highest}")
+        if args.max_samples < lowest:
+            raise ValueError(f"max-samples: the ladder of {name} starts at {lowest}")
+        cells[cell] = range(args.seeds or method.learner.seeds)
     if sum(map(len, cells.values())) > MAX_LADDERS:
-        parser.error(f"argument --seeds: at most {MAX_LADDERS} ladders in a sweep")
+        raise ValueError(f"seeds: at most {MAX_LADDERS} ladders in a sweep")
     return cells, left_out
 
 
@@ -915,72 +952,82 @@ def draw(out):
 
 def main():
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
+    rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 4); "
+    rows += "or any LEARNER-TARGET:SETTING=VALUE; separated by commas"
     parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--depth", type=span(2, 24), default=[2, 3, 4, 5, 6], help="L: 4 or 2..6 or 2,4,6 (default 2..6)")
-    flag("--m", type=span(1, 2**24), default=[3], help="rules per symbol, in the same forms (default 3)")
+    flag("--depth", type=span(2, 24), default=[2, 3, 4, 5, 6],
+         help="L: 4 or 2..6 or 2,4,6 (default 2..6)")
+    flag("--m", type=span(1, 2**24), default=[3], help="rules per symbol, as --depth (default 3)")
     flag("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     flag("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    flag("--zipf", type=real(0, 10), default=0.0, help="rule j has probability ~ (j+1)^-zipf (default 0)")
-    flag("--methods", type=methods, help=f"{', '.join(DEFAULT)} or all of them (the default, networks up to "
-         "depth 4); or any LEARNER-TARGET:SETTING=VALUE; separated by commas")
-    flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1, a grammar each (default 5, networks 3)")
-    flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P of a ladder (default 2^20)")
+    flag("--zipf", type=real(0, 10), default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
+    flag("--methods", type=methods, help=rows)
+    flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1 (default 5, networks 3)")
+    flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
     flag("--jobs", type=whole(1, most_jobs), help="processes (default: one per core, one on a GPU)")
     flag("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
-    if not args.out.strip():
-        parser.error("argument --out: must name a folder")
-    cells, unrun = cells_from_flags(parser, args)
+    try:
+        if not args.out.strip():
+            raise ValueError("out: must name a folder")
+        cells, unrun = cells_from_flags(args)
+    except ValueError as error:
+        parser.error(f"argument --{error}")
     device = pick_device(parser, args.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" else 1)
     out = Path(args.out)
-    learners = {read_method(cell.method).key for cell in cells}
+    keys = {read_method(cell.method).key for cell in cells}
     try:
-        folder = Folder(out, learners)
+        folder = Folder(out, keys)
         folder.create()
     except Refused as error:
         parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
     except OSError as error:
         parser.error(f"argument --out: {out} cannot be written to ({error.strerror})")
     caps = dict.fromkeys(cells, args.max_samples)
-    unrun = [cell for cell in unrun if all(ladder.cell != cell for ladder in folder.runs)]
+    # an earlier command may have run what this one leaves out
+    there = {cell for cell, _ in folder.runs}
+    unrun = [cell for cell in unrun if cell not in there]
 
     def report(key):
+        """Write the tables, and print the rows of a learner that has finished."""
         try:
             measures = folder.write_tables(caps, unrun)
         except OSError:
             return  # held by another program, perhaps; the tables are made again at the end
-        mine = {k: found for k, found in measures.items() if read_method(k[0].method).key == key}
-        if mine and len(learners) > 1:
-            tqdm.write(printed_tables(mine, []))
+        rows = {row: measures[row] for row in measures if read_method(row[0].method).key == key}
+        if rows and len(keys) > 1:
+            tqdm.write(printed_tables(rows, []))
 
     try:
         sweep(cells, folder, args.max_samples, device, jobs, report)
         measures = folder.write_tables(caps, unrun)
-    except KeyboardInterrupt as stop:
-        failure, code = "stopped", 1 if stop.args else 130  # SIGTERM comes with its name
-    except BrokenProcessPool:
-        failure, code = "a worker was killed, perhaps for want of memory (try --jobs 1)", 1
-    except (OSError, ImportError, MemoryError, Refused) as error:  # ImportError: no shared memory
-        failure, code = f"{str(error) or type(error).__name__}", 1
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        failure, code = f"out of memory (try --jobs 1): {str(error).splitlines()[0][:80]}", 1
-    else:
-        print(printed_tables(measures, unrun), end="")
-        devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}
-        if devices - {device}:
-            print(f"runs of this folder were made on {', '.join(sorted(devices))}")
-        return draw(out)
-    count = sum(map(len, folder.runs.values()))
-    safe = f"{count} finished runs are safe in {out}, the same command continues"
-    safe = safe if folder.file.parent.exists() else f"{out} is gone, and its runs with it"
-    print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
-    raise SystemExit(code)
+    except (KeyboardInterrupt, OSError, MemoryError, ImportError, RuntimeError, Refused) as error:
+        # a lack of memory is a RuntimeError in torch
+        failure, code = str(error) or type(error).__name__, 1
+        if isinstance(error, KeyboardInterrupt):
+            failure, code = "stopped", 1 if error.args else 130  # SIGTERM comes with its name
+        elif isinstance(error, BrokenProcessPool):
+            failure = "a worker was killed, perhaps for want of memory (try --jobs 1)"
+        elif isinstance(error, RuntimeError):
+            if "memory" not in failure:
+                raise
+            failure = f"out of memory (try --jobs 1): {failure.splitlines()[0][:80]}"
+        count = sum(map(len, folder.runs.values()))
+        safe = f"{count} finished runs are safe in {out}, the same command continues"
+        if not folder.file.parent.exists():
+            safe = f"{out} is gone, and its runs with it"
+        print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
+        raise SystemExit(code) from None
+    print(printed_tables(measures, unrun))
+    # timings of several devices are mixed: say so
+    devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}
+    if devices - {device}:
+        print(f"runs of this folder were made on {', '.join(sorted(devices))}")
+    draw(out)
 
 
 if __name__ == "__main__":

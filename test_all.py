@@ -1619,7 +1619,7 @@ def test_summary_of_known_ladders():
     runs, climb = {}, sweep.climb
     for L, seed in itertools.product((3, 4, 5), range(4)):
         cell = sweep.Cell("cluster-token", 8, 2, 3, L, 0.0)
-        runs[sweep.Ladder(cell, seed)] = ladder(100 * 3.0**L)
+        runs[(cell, seed)] = ladder(100 * 3.0**L)
     try:
         sweep.climb = lambda cell, runs, cap: (sorted(runs), None, "")
         rows = sweep.summarise(runs, {})
@@ -1631,8 +1631,8 @@ def test_summary_of_known_ladders():
 
     floors = {P: a_run(0.3, 0.2, 0.1, floor=(0.1, 0.2, 0.6)) for P in (128, 256, 512)}
     runs = {
-        sweep.Ladder(CELL, 0): a_ladder([0.2, 0.3]), sweep.Ladder(CELL, 1): a_ladder([0.2, 0.9, 0.9]),
-        sweep.Ladder(CELL._replace(method="data2vec"), 0): floors,
+        (CELL, 0): a_ladder([0.2, 0.3]), (CELL, 1): a_ladder([0.2, 0.9, 0.9]),
+        (CELL._replace(method="data2vec"), 0): floors,
     }
     found = sweep.summarise(runs, {CELL: 1024})
     left_out = CELL._replace(method="data2vec-token", L=5)
