@@ -478,9 +478,12 @@ def depth_tables(measures, unrun, cell_text):
             growth = slope_text(deep, math.exp)
             if growth:
                 growth += f" {min(deep)}..{max(deep)}"
-            name, law = f"{method}, root", ""  # the theory is about the tree
+            name, law = f"{method}, root", ""
             if part == "tree":
-                name, law = method, GROWTH.get(read_method(method).target, "")
+                name = method
+            # the theory speaks of the tree, and of the learners of the first table
+            if part == "tree" and read_method(method).key in DEFAULT:
+                law = GROWTH.get(read_method(method).target, "")
             table.append([name, *texts.values(), growth, law])
         tables.append(table)
     return tables
