@@ -103,27 +103,27 @@ LEARNERS = {
     "cluster": ours(
         cluster,
         first=lambda v, s, m: v * m / (2 * s),  # fewer than half of the top tuples can be seen
-        seconds=lambda tokens, P: 0.1 + 1e-8 * P * tokens,
+        seconds=lambda tokens, P: 0.03 + 1e-8 * P * tokens,
     ),
     "predictor": ours(
         predictor,
         first=lambda v, s, m: v * m**2,
         sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
-        seconds=lambda tokens, P: 0.4 * tokens,
+        seconds=lambda tokens, P: 0.45 * tokens,
         side=8, seeds=3,
     ),
     "data2vec": ours(
         data2vec,
         first=lambda v, s, m: v * m**3,
         sees=lambda v, settings: settings.steps * settings.batch,
-        seconds=lambda tokens, P: 1.5 * tokens,
+        seconds=lambda tokens, P: 2.3 * tokens,
         side=8, seeds=3,
     ),
 }
 # the rows of the first table, and the depth up to which they are run unless asked for
 DEFAULT = {
     "cluster": 24, "cluster-token": 24, "cluster-root": 24, "cluster-joint": 24,
-    "predictor": 24, "predictor-token": 4, "data2vec": 4, "data2vec-token": 4,
+    "predictor": 4, "predictor-token": 3, "data2vec": 3, "data2vec-token": 3,
 }
 # how P* grows with every level in the theory, for each target
 GROWTH = {
