@@ -955,7 +955,7 @@ def draw(out):
 
 def main():
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
-    rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 4); "
+    rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 3 or 4); "
     rows += "or any LEARNER-TARGET:SETTING=VALUE; separated by commas"
     parser = Parser(__doc__)
     flag = parser.add_argument
