@@ -43,7 +43,12 @@ DRAWN = 100                                # steps whose strings and masks are d
 
 def mask_block(text):
     """An argparse type: a level, or one of two words."""
-    return text if text in ("mixed", "top") else whole(0, 24)(text)
+    if text in ("mixed", "top"):
+        return text
+    try:
+        return whole(0, 24)(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"must be a level, top or mixed, not {text[:20]!r}") from None
 
 
 def eights(text):

@@ -15,6 +15,7 @@ to group the v*m tuples of every level into v groups of synonyms.
 """
 
 import argparse
+import difflib
 import errno
 import math
 import numbers
@@ -667,6 +668,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
 
     def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            near = difflib.get_close_matches(message.split()[2], self._option_string_actions, 1)
+            if near:
+                message += f"; there is {near[0]}"
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -1864,6 +1864,7 @@ def test_bad_input_gets_one_line(script, arguments, tmp_path, monkeypatch, capsy
         sys.modules[script].main()
     said = capsys.readouterr()
     assert end.value.code == 2 and said.err.count("\n") == 1 and flag in said.err and not said.out
+    assert flag != "--seed" or "--seeds" in said.err
     assert files(tmp_path) == {tmp_path / "file": b"mine"}
 
 
