@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings, as_strings,
-    check_memory, choice, given_settings, grammar_from_flags, linear_probe, new_file, paper_preset,
+    check_memory, check_whole, choice, given_settings, grammar_from_flags, linear_probe, new_file,
+    paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
@@ -549,6 +550,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     with the R losses and the R teachers in one encoder. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError, naming the argument, if something does not fit."""
+    for seed in seeds:
+        check_whole("seed", seed, 0)
     options = read_settings(SETTINGS, PRESETS, settings)
     runs, sizes, L, P = [], set(), 0, 1
     for x in xs:

@@ -942,6 +942,8 @@ def main():
         if args.bench:
             return bench(grammars[0])
         levels = grammars[0].sample(args.samples, args.seed)
+    except FileNotFoundError as error:
+        parser.error(f"argument --load: cannot read {args.load}: {error.strerror}")
     except ValueError as error:
         parser.error(f"argument --{error}")
     if args.save:

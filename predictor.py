@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
-    as_strings, check_memory, choice, cousins, given_settings, grammar_from_flags, linear_probe, new_file,
+    as_strings, check_memory, check_whole, choice, cousins, given_settings, grammar_from_flags,
+    linear_probe, new_file,
     paper_preset, pick_device, read_settings, real, run_script, strings_bytes, whole,
 )
 
@@ -465,6 +466,9 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
     with the Network of the runs that train together and their prediction losses, (R, L-1).
     A run whose loss stops being finite keeps the weights and the number of that step, as
     diverged. Raises ValueError, naming the argument or setting."""
+    check_whole("v", v, 2, 256)
+    for seed in seeds:
+        check_whole("seed", seed, 0)
     options = read_options(v, target, settings)
     if len(xs) != len(seeds) or len(xs) == 0:
         raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
@@ -699,7 +703,8 @@ def main():
     for l, (right, in_use) in enumerate(zip(*score(learned, levels, truth)), 1):
         mark = "   by a linear probe of the code" if l == L else ""
         print(f"{l:5}   {right:8.3f}   {in_use:22}{mark}")
-    print(f"{L - 1:5}   {probe_below(learned, levels, truth):8.3f}{'':25}   by a linear probe of the code")
+    below = probe_below(learned, levels, truth)
+    print(f"{L - 1:5}   {below:8.3f}{'':25}   by a linear probe of the code")
 
 
 if __name__ == "__main__":

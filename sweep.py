@@ -33,6 +33,7 @@ Stop it at any time: the same command continues. Any number of sweeps may share 
 """
 
 import difflib
+import errno
 import itertools
 import json
 import math
@@ -320,7 +321,7 @@ TABLE = (
 ).split(",")
 # why a P50 is a bound, the worst first, and its mark behind a printed P50
 STATUS = {
-    "not finished": "..", "limited by memory": "m", "limited by steps": "s",
+    "diverged": "x", "not finished": "..", "limited by memory": "m", "limited by steps": "s",
     "beyond Pmax": "", "below Pmin": "",
 }
 
@@ -355,6 +356,8 @@ def measure(cell, ladders, level, cap):
             bounds.add(end or "beyond Pmax")
         if sign < 0:
             bounds.add("below Pmin")
+        if any(score.diverged for score in scores):
+            bounds.add("diverged")
     if not P50:
         return None
     censored = sum(sign != 0 for _, sign in P50)
@@ -509,10 +512,12 @@ def printed_tables(measures, unrun):
     lines += [f"{sign}  {status}" for status, sign in STATUS.items() if sign and status in used]
     if any(found.untrained for found in measures.values()):
         lines.append("!  untrained above 0.5")
-    if unrun:
-        methods = ",".join(dict.fromkeys(cell.method for cell in unrun))
-        depths = ",".join(str(L) for L in sorted({cell.L for cell in unrun}))
-        lines.append(f"-  not run: --methods {methods} --depth {depths}")
+    missing = {}  # method -> its depths
+    for cell in unrun:
+        missing.setdefault(cell.method, set()).add(str(cell.L))
+    for depths in sorted(set(map(tuple, map(sorted, missing.values())))):
+        methods = ",".join(name for name in missing if sorted(missing[name]) == list(depths))
+        lines.append(f"-  not run: --methods {methods} --depth {','.join(depths)}")
     return "\n".join(lines)
 
 
@@ -738,7 +743,8 @@ class Folder:
             return {}
         try:
             stored = json.loads(file.read_bytes())
-            if "rung" in stored["sweep"] and all(isinstance(x, dict) for x in stored.values()):
+            tables = all(isinstance(x, dict) for x in stored.values())
+            if tables and stored["sweep"]["format"] in (1, 2):
                 return stored
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
@@ -927,7 +933,14 @@ def cells_from_flags(args):
         method = read_method(name)
         # sizes first: their errors name the flag
         check_sizes(v, s, m, L)
-        method.learner.check_size(v, s, m, L, 1, method.target, **method.given)
+        try:
+            method.learner.check_size(v, s, m, L, 1, method.target, **method.given)
+        except ValueError as error:
+            # a setting is no flag of ours: it stands in the method's name
+            setting = str(error).partition(":")[0].replace("-", "_")
+            if setting in method.given:
+                raise ValueError(f"methods: {name}: {error}") from None
+            raise
         # a ladder without a rung would be missing from the table in silence
         lowest, (highest, reason) = first_rung(cell), last_rung(cell)
         if highest < lowest:
@@ -1008,7 +1021,7 @@ def main():
     try:
         sweep(cells, folder, args.max_samples, device, jobs, report)
         measures = folder.write_tables(caps, unrun)
-    except (KeyboardInterrupt, OSError, MemoryError, ImportError, RuntimeError, Refused) as error:
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
         # a lack of memory is a RuntimeError in torch
         failure, code = str(error) or type(error).__name__, 1
         if isinstance(error, KeyboardInterrupt):
@@ -1021,8 +1034,10 @@ def main():
             failure = f"out of memory (try --jobs 1): {failure.splitlines()[0][:80]}"
         count = sum(map(len, folder.runs.values()))
         safe = f"{count} finished runs are safe in {out}, the same command continues"
-        if not folder.file.parent.exists():
+        if not folder.file.parent.is_dir():
             safe = f"{out} is gone, and its runs with it"
+        elif isinstance(error, Refused) or getattr(error, "errno", 0) == errno.EINVAL:
+            safe = f"{count} finished runs are safe in {out}; put that right, and go on"
         print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
         raise SystemExit(code) from None
     print(printed_tables(measures, unrun))
