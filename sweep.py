@@ -723,7 +723,7 @@ class Folder:
         try:
             stored = self.read_settings()
             self.read()
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise Refused(f"cannot be read ({error})") from None
         # runs of other settings must not stand in one table
         used = {read_method(cell.method).key for cell, _ in self.runs} | set(keys)
@@ -814,7 +814,11 @@ def rows_of(cell, P, seed, run):
 def read_runs(file):
     """A file of runs -> {(Cell, seed): {P: Run}}, without a last run that was cut short. Rows are
     checked as strictly as flags. Raises Refused, naming the line, and OSError."""
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise Refused(f"has a {file.name} whose line {line} is not text") from None
     if ",".join(COLUMNS).startswith(text):
         return {}                           # killed before its first row
     header, *lines = text.split("\n")

@@ -1789,7 +1789,7 @@ def test_folders_of_the_old_form_and_of_other_devices_are_read(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("runs, settings, reason", [
-    ("a,b\n1,2\n", MINE, "columns"), (NEW.replace(",mark", ""), MINE, "columns"), ("\x00\xff", MINE, "read"),
+    ("a,b\n1,2\n", MINE, "columns"), (NEW.replace(",mark", ""), MINE, "columns"), ("\x00\xff", MINE, "line 1 is not text"),
     (NEW.replace("cluster,", "clusters,"), MINE, "line 2"), (NEW.replace("0.5,,1", "0.5,,1,"), MINE, "line 2"),
     (NEW.replace(",8,0,1,", ",-8,0,1,"), MINE, "line 2"), (NEW.replace(",0,8,0,1,", ",0,9,0,1,"), MINE, "no rung"),
     (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "m must"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
