@@ -30,7 +30,7 @@ from grammar import (
     TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
     as_strings, check_memory, check_sizes, check_whole, choice, cousins, generator, given_settings,
     grammar_from_flags, paper_preset, pick_device, read_settings, run_script,
-    strings_bytes, tuple_codes, whole,
+    strings_bytes, tuple_codes, whole, whole_numbers,
 )
 
 CHUNK_TOKENS = 2**18    # tokens counted at a time: the arithmetic stays in the cache
@@ -321,11 +321,9 @@ def check_root(root, x, v):
     """The root labels as (P,) uint8 on x's device, or a ValueError that names root."""
     if root is None:
         raise ValueError("root: the labels of the strings are needed for target root")
-    root = torch.as_tensor(root)
-    if root.is_floating_point() or root.dtype == torch.bool or root.shape != (len(x),):
+    root = whole_numbers("root", root, v)
+    if root.shape != (len(x),):
         raise ValueError(f"root: must be ({len(x)},) whole numbers, one for each string")
-    if int(root.min()) < 0 or int(root.max()) >= v:
-        raise ValueError(f"root: labels must lie in 0..v-1 = {v - 1}")
     return root.to(x.device, torch.uint8)
 
 
