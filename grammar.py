@@ -826,9 +826,9 @@ def show(grammar, levels):
         print(draw_tree(levels, grammar.s))
     else:
         print("one string:", *levels[0][0, :81].tolist(), "...")
-    print(f"\nf = {grammar.f:.3g} of all tuples are used. How far apart the two closest parents are, "
-          "as seen\nfrom the first tuple of the string alone, in sqrt(1-f)/m (--contrast has the mean "
-          "over all):")
+    print(f"\nf = {grammar.f:.3g} of all tuples are used. How far apart the two closest "
+          "parents are, as seen\nfrom the first tuple of the string alone, in sqrt(1-f)/m "
+          "(--contrast has the mean over all):")
     for l in range(grammar.L - 1):
         print(f"  parents on level {l + 1}: {grammar.separation(l):.2f}")
 

@@ -150,12 +150,18 @@ def test_without_a_rule():
         Grammar.random(4, 2, 1, 2).sample(5, without=(1, 0))
 
 
-def test_parse_names_what_it_cannot_explain():
+def strings_with_a_wrong_tuple():
+    """A grammar and five of its strings, of which no rule explains tokens 4 and 5 of string 3."""
     g = Grammar.random(4, 2, 2, 3, seed=0)
     x = g.sample(5, 0)[0].clone()
     valid = set(map(tuple, g.rules[0].reshape(-1, 2).tolist()))
     wrong = next(t for t in itertools.product(range(4), repeat=2) if t not in valid)
     x[3, 4:6] = torch.tensor(wrong)
+    return g, x
+
+
+def test_parse_names_what_it_cannot_explain():
+    g, x = strings_with_a_wrong_tuple()
     with pytest.raises(ValueError, match="string 3, level 0, position 4"):
         g.parse(x)
     x[2, 1] = 4
@@ -326,11 +332,7 @@ def test_posterior_agrees_with_parse_context_and_marginal(zipf):
 
 
 def test_posterior_refuses_what_no_derivation_explains():
-    g = Grammar.random(4, 2, 2, 3, seed=0)
-    x = g.sample(5, 0)[0].clone()
-    valid = set(map(tuple, g.rules[0].reshape(-1, 2).tolist()))
-    wrong = next(t for t in itertools.product(range(4), repeat=2) if t not in valid)
-    x[3, 4:6] = torch.tensor(wrong)
+    g, x = strings_with_a_wrong_tuple()
     visible = torch.ones(8, dtype=torch.bool)
     with pytest.raises(ValueError, match="^x: string 3 has no derivation"):
         g.posterior(x, visible)
@@ -695,7 +697,7 @@ def test_distances():
 
 
 def test_exact_pair_tables_are_grouped_by_parent():
-    g, l = Grammar.random(8, 2, 3, 3, seed=0), 0
+    g = Grammar.random(8, 2, 3, 3, seed=0)
     p = torch.full((8,), 1 / 8, dtype=torch.float64)
     pairs = torch.stack([g.siblings(2, i, 1 - i, p) for i in range(2)])  # of the parents
     tables = 1e6 * pairs.repeat_interleave(3, 1).repeat_interleave(3, 2)  # of the tuples
@@ -1024,7 +1026,7 @@ def test_learns_level_1_and_not_from_scrambled_strings():
     assert found[0] > 0.95 and found[1] < 0.8 and found[2] > 0.95  # the third on always fresh strings
 
 
-def test_recover_keeps_the_sweeps_contract():
+def test_recover_of_predictor_keeps_the_sweeps_contract():
     grammars = [Grammar.random(4, 2, 2, 3, seed) for seed in range(2)]
     for score in predictor.recover(grammars, [32, 64], [0, 1], steps=3):
         assert len(score.accuracy) == len(score.collapsed) == len(score.floor) == 3
@@ -1179,7 +1181,7 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
     """The loss of the first step, of three runs at once, against one position of one run at a time."""
     settings = options(**{**TINY[preset], "dropout": 0.0, "top": 2})
     _, xs = drawn(3)
-    losses, teachers, v = [], [], 4
+    losses, v = [], 4
     data2vec.fit_many(xs, v, 2, target, [4, 5, 6], lambda step, loss, teacher: losses.append(loss), **vars(settings))
     x, hidden = next(data2vec.batches(xs, 3, 2, [4, 5, 6], settings, "cpu"))
 
@@ -1505,7 +1507,7 @@ def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path,
 
 
 @every_target
-def test_recover_keeps_the_sweeps_contract(target):
+def test_recover_of_data2vec_keeps_the_sweeps_contract(target):
     """Two runs at once score as each alone, with the root and the floor of an untrained encoder."""
     grammars = drawn(2)[0]
     small = {**TINY["tree"], "probe_strings": 100, "test_strings": 100, "probe_steps": 5}
