@@ -80,8 +80,8 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
     Setting("steps", whole(1), 5000, 262144, "optimiser steps; online, a sweep takes P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
-    Setting("mask", real(0, 1), 0.3, 0.15, "probability that a node is hidden; one always is"),
-    Setting("mask_block", mask_block, "mixed", 0, "level of the nodes that are hidden, with all "
+    Setting("mask", real(0, 1), 0.15, 0.15, "probability that a node is hidden; one always is"),
+    Setting("mask_block", mask_block, 0, 0, "level of the nodes that are hidden, with all "
             "tokens beneath: 0 to depth-1; top = depth-2; mixed: each string draws 0 to depth-2"),
     Setting("ema", real(0, 1), 0.97, 0.99, "decay of the moving average: what the teacher keeps"),
     Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
@@ -96,7 +96,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
 PRESETS = {
     "tree": {},
     "transformer": {"encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
-                    "steps": 8000, "lr": 3e-3, "decay": 0.2},
+                    "steps": 8000, "lr": 3e-3, "decay": 0.2, "mask": 0.3, "mask_block": "mixed"},
     "paper": paper_preset(SETTINGS),
 }
 
