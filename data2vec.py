@@ -284,7 +284,7 @@ def build(R, v, s, L, settings):
 
 
 # --------------------------------------------------------------------------------------------------
-# what is hidden, and how far a prediction is off
+# what is hidden, how far a prediction is off, and the student
 
 
 def draw_mask(B, L, s, rate, block, random):
@@ -321,6 +321,38 @@ def mean_where(hidden, error):
     """(R, B, T) bool, and errors of nodes (R, B, n) -> (R,), the mean over hidden positions."""
     error = pool(error[..., None], hidden.shape[2])[..., 0]  # (R, B, T)
     return (error * hidden).sum((1, 2)) / hidden.sum((1, 2))
+
+
+class Learner(nn.Module):
+    """R students: an encoder, and the linear heads that predict from its maps."""
+
+    def __init__(self, R, v, s, L, target, settings):
+        super().__init__()
+        d = settings.width
+        maps = L if settings.encoder == "tree" else settings.layers
+        self.v, self.target, self.K = v, target, min(settings.top, maps)
+        count = self.K if target in ("stacked", "several") else 1
+        outputs = aligned(v) if target == "token" else d
+        self.encoder = build(R, v, s, L, settings)
+        self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
+
+    def predict(self, x, hidden, randoms=None):
+        """What every head predicts, from strings (R, B, T) with hidden tokens, (R, B, T) bool."""
+        maps = self.encoder(x.masked_fill(hidden, self.v), randoms)
+        own = self.target == "stacked"      # each head has a map of its own
+        sources = maps[-self.K :] if own else maps[-1:] * len(self.heads)
+        return [head(h) for head, h in zip(self.heads, sources)]
+
+    def forward(self, x, hidden, goals, randoms=None):
+        """The losses, (R,), at the hidden positions, against the goal of every head."""
+        loss = 0
+        for prediction, goal in zip(self.predict(x, hidden, randoms), goals):
+            if self.target == "token":
+                error = cross_entropy(prediction[..., : self.v], goal)      # (R, B, T)
+            else:
+                error = smooth_l1(prediction, goal)                         # (R, B, n)
+            loss = loss + mean_where(hidden, error)
+        return loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,22 +413,19 @@ def follow(teacher, student, ema):
 def train(xs, v, s, L, target, seeds, settings, device, watch):
     """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars.
 
-    Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
-    run the step whose loss or gradient was not finite, which is where it stops, or 0."""
-    # student, heads, and the teacher, which starts as the student
-    R, T, d = len(xs), s**L, settings.width
-    K = min(settings.top, L if settings.encoder == "tree" else settings.layers)
-    count = K if target in ("stacked", "several") else 1
-    outputs = aligned(v) if target == "token" else d
-    student = build(R, v, s, L, settings)
-    heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
-    learner = nn.ModuleList([student, heads])
-    initialise(learner, [stream(seed, 0) for seed in seeds]).to(device)
-    teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
-    see = partial(teacher, ffn=settings.target_from == "ffn")
+    Returns (teacher, untrained, diverged): the moving average of R students, their encoders before
+    training, and for every run the step whose loss or gradient was not finite, which is where it
+    stops, or 0."""
+    # the teacher starts as the student; its heads are averaged too, to be kept with it
+    R, T = len(xs), s**L
+    student = Learner(R, v, s, L, target, settings)
+    initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
+    teacher = deepcopy(student).requires_grad_(False)
+    untrained = deepcopy(teacher.encoder)
+    see, K = partial(teacher.encoder, ffn=settings.target_from == "ffn"), student.K
 
     # biases and layer norms don't decay
-    weights = dict(learner.named_parameters())
+    weights = dict(student.named_parameters())
     constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
     decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
@@ -418,15 +447,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
                 goals = see(x)[-K:]                                     # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
-        maps = student(x.masked_fill(hidden, v), randoms)
-        sources = maps[-K:] if target == "stacked" else maps[-1:] * count
-        loss = 0
-        for h, head, goal in zip(sources, heads, goals):
-            if target == "token":
-                error = cross_entropy(head(h)[..., :v], goal)           # (R, B, T)
-            else:
-                error = smooth_l1(head(h), goal)                        # (R, B, n)
-            loss = loss + mean_where(hidden, error)                     # (R,), one for every run
+        loss = student(x, hidden, goals, randoms)                       # (R,)
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
@@ -444,7 +465,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         # the teacher keeps ema of itself
         follow(teacher, student, settings.ema)
         if watch:
-            watch(step, loss.detach(), teacher)
+            watch(step, loss.detach(), teacher.encoder)
         if len(stopped) == R:
             break
 
@@ -460,11 +481,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
 
 
 class Data2vec:
-    """What fit returns: a trained encoder, the same one before training, and their settings."""
+    """What fit returns: a Learner of one run, its encoder before training, and their settings.
 
-    def __init__(self, v, s, L, target, settings, encoder, untrained=None, diverged=0):
+    Encoder and heads are the teacher's, moving averages of the student's."""
+
+    def __init__(self, v, s, L, target, settings, learner, untrained=None, diverged=0):
         self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
-        self.encoder, self.untrained, self.diverged = encoder, untrained, diverged
+        self.learner, self.encoder, self.heads = learner, learner.encoder, learner.heads
+        self.untrained, self.diverged = untrained, diverged
 
     def __repr__(self):
         sizes = f"v={self.v}, s={self.s}, L={self.L}, encoder={self.settings.encoder}"
@@ -485,7 +509,7 @@ class Data2vec:
         """Write sizes, settings and the teacher's weights; the file is complete or not there."""
         saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
         saved["settings"] = vars(self.settings)
-        saved["weights"] = {name: w.cpu() for name, w in self.encoder.state_dict().items()}
+        saved["weights"] = {name: w.cpu() for name, w in self.learner.state_dict().items()}
         write_whole(file, partial(torch.save, saved))
 
 
@@ -496,14 +520,14 @@ def load(file):
         settings = read_settings(SETTINGS, PRESETS, saved["settings"])
         v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
         check_size(v, s, 2, L, 1, target, **saved["settings"])
-        encoder = build(1, v, s, L, settings).requires_grad_(False)
-        encoder.load_state_dict(saved["weights"])
+        learner = Learner(1, v, s, L, target, settings).requires_grad_(False)
+        learner.load_state_dict(saved["weights"])
     except OSError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(v, s, L, target, settings, encoder)
+    return Data2vec(v, s, L, target, settings, learner)
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
@@ -527,6 +551,8 @@ def check_size(v, s, m, L, P, target="latent", **settings):
         weights = sum(w.numel() for w in build(1, v, s, L, options).parameters())
     strings = 0 if options.online else P
     measured = options.test_strings + options.probe_strings
+    if target == "token":
+        check_memory("depth", inference_bytes(v, s, m, L), "exact inference for a string")
     # weights stand with teacher, untrained, gradient and the two averages of AdamW
     check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
     check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
@@ -534,12 +560,12 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
 
 
-def one_run(encoders, r):
-    """A copy of encoder r of R."""
-    encoder = deepcopy(encoders)
-    for w in encoder.parameters():
+def one_run(module, r):
+    """A copy of run r of R."""
+    alone = deepcopy(module)
+    for w in alone.parameters():
         w.data = w.data[r : r + 1].clone()
-    return encoder
+    return alone
 
 
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **settings):
@@ -706,6 +732,42 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
 
 
 @torch.no_grad()
+def token_losses(model, grammar, seed):
+    """How near is target token to what can be known? Three losses in nats per hidden token, on
+    the same fresh strings, masked as in training: (model, bayes, unigram).
+
+    bayes: the exact limit, -log P(token | visible tokens) by the rules. unigram: that of the
+    marginal distribution of every position. Raises ValueError for another target than token."""
+    if model.target != "token":
+        raise ValueError(f"model: must be trained with target token, not {model.target}")
+    settings, T = model.settings, grammar.s**grammar.L
+    device = next(model.learner.parameters()).device
+    fresh = grammar.sample(settings.test_strings, (seed, 1))[0]
+    # from the stream that drew no mask in training
+    masks = settings.mask, settings.mask_block, stream(seed, 1)
+    hidden = draw_mask(len(fresh), grammar.L, grammar.s, *masks)            # (P, T)
+    nothing = torch.zeros(T, dtype=torch.bool)
+    unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
+
+    # in pieces that need no more than 256 MiB, if one string does not
+    piece = max(1, 2**28 // inference_bytes(grammar.v, grammar.s, grammar.m, grammar.L))
+    losses = torch.zeros(3, dtype=torch.float64)
+    for x, gone in zip(fresh.split(piece), hidden.split(piece)):
+        scores = model.learner.predict(x.long()[None].to(device), gone[None].to(device))[0]
+        said = scores[0, :, :, : grammar.v].log_softmax(-1).cpu().double()  # (p, T, v)
+        bayes = grammar.posterior(x, ~gone)[0].log()                        # (p, T, v)
+        for i, log in enumerate((said, bayes, unigram.expand_as(said))):
+            of_token = log.gather(2, x.long()[..., None])[..., 0]           # (p, T)
+            losses[i] -= of_token[gone].sum()
+    return tuple((losses / hidden.sum()).tolist())
+
+
+def inference_bytes(v, s, m, L):
+    """What grammar.posterior needs for a string."""
+    return 16 * s ** (L - 1) * v * m * (2 * s + 1)
+
+
+@torch.no_grad()
 def synonym_scores(features, grammar, seed, settings, device="cpu"):
     """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: a list of float.
 
@@ -810,6 +872,10 @@ def main():
         what = "unseen synonyms, best map" if l < L else "MLP probe of the last map"
         mark = "   collapsed" if collapsed else ""
         print(f"level {l}  {what:29}{right:10.3f}{floor:12.3f}{mark}")
+    if args.target == "token":
+        loss, bayes, unigram = token_losses(model, grammar, seed)
+        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
+              f"unigram {unigram:.3f}")
 
 
 if __name__ == "__main__":

@@ -1321,6 +1321,7 @@ def test_features_know_the_tree_and_a_checkpoint_gives_them_again(preset, tmp_pa
     model.save(tmp_path / "encoder.pt")
     loaded = data2vec.load(tmp_path / "encoder.pt")
     assert equal(loaded.features(x), maps) and repr(loaded) == repr(model) and "\n" not in repr(model)
+    assert equal(loaded.heads.parameters(), model.heads.parameters())
     for name, content in (("text", b"hello"), ("empty", b""), ("other", None)):
         file = tmp_path / name
         torch.save({"v": 8}, file) if content is None else file.write_bytes(content)
@@ -1469,6 +1470,32 @@ def test_synonym_score_is_one_for_latents_and_about_zero_for_tuples():
     assert abs(data2vec.synonym_scores(oracle(g, 1, raw=True), g, 0, settings)[0]) < 0.1
 
 
+def test_token_losses_are_those_of_a_loop_and_of_enumeration():
+    g, few = Grammar.random(3, 2, 2, 2, 1, zipf=1.0), {"test_strings": 20, "mask": 0.4, "mask_block": 0}
+    model = data2vec.fit(g, 3, 2, "token", 5, **TINY["tree"], **few)
+    found = data2vec.token_losses(model, g, 5)
+    x = g.sample(20, (5, 1))[0].long()
+    hidden = data2vec.draw_mask(20, 2, 2, 0.4, 0, data2vec.stream(5, 1))
+    levels, chance = every_string(g)
+    terms = []
+    for b, t in hidden.nonzero().tolist():
+        last = model.encoder(torch.where(hidden, 3, x)[None, b : b + 1])[-1][0, 0, t]
+        said = last @ model.heads[0].weight[0] + model.heads[0].bias[0, 0]
+        same, token = (levels[0] == x[b])[:, ~hidden[b]].all(1), levels[0][:, t] == x[b, t]
+        known = chance[same & token].sum() / chance[same].sum()
+        terms.append([-F.log_softmax(said[:3], 0)[x[b, t]].item(), -known.log(), -chance[token].sum().log()])
+    assert np.allclose(found, np.mean(terms, 0), rtol=1e-5)
+    with pytest.raises(ValueError, match="^model: must be trained with target token, not latent"):
+        data2vec.token_losses(data2vec.fit(g, 3, 2, **TINY["tree"]), g, 5)
+
+
+def test_a_model_of_tokens_stands_between_the_bayes_limit_and_the_unigram_loss():
+    g = Grammar.random(8, 2, 2, 3, 0)
+    model = data2vec.fit(g, 8, 2, "token", 0, steps=200, test_strings=1000, mask_block=0)
+    loss, bayes, unigram = data2vec.token_losses(model, g, 0)
+    assert bayes + 0.01 < loss < unigram - 0.1
+
+
 def test_collapse_is_seen():
     g = Grammar.random(8, 2, 3, 3, 0)
     x = g.sample(512, 1)[0]
@@ -1494,6 +1521,16 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
     x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
     model = data2vec.fit(x, 4, 2, "several", 0, preset=preset, steps=2, batch=8, width=16, hidden=16)
     assert equal(data2vec.load(tmp_path / "encoder.pt").features(x), model.features(x))
+    assert "Bayes" not in out
+
+
+def test_target_token_is_shown_beside_the_bayes_limit(monkeypatch, capsys):
+    flags = "--depth 2 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target token"
+    flags += " --probe-strings 50 --test-strings 50 --probe-steps 5"
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
+    data2vec.main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch("loss per hidden token [0-9.]+, exact Bayes limit [0-9.]+, unigram [0-9.]+", last)
 
 
 def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path, monkeypatch, capsys):
