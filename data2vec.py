@@ -19,7 +19,6 @@ Every weight has a leading dimension R: R runs of the same sizes are trained sid
 loop, each with its own strings and seed, because a step of one small network is mostly overhead.
 """
 
-import os
 from argparse import ArgumentTypeError
 from copy import deepcopy
 from functools import partial
@@ -30,10 +29,10 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings, as_strings,
-    check_memory, check_whole, choice, given_settings, grammar_from_flags, linear_probe, new_file,
-    paper_preset,
-    pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
+    TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
+    as_strings, check_apart, check_memory, check_whole, choice, given_settings,
+    grammar_from_flags, linear_probe, new_file, open_trace, paper_preset, pick_device,
+    read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
@@ -364,15 +363,20 @@ def stream(seed, number, device="cpu"):
     return torch.Generator(device).manual_seed(4 * seed + number)
 
 
-def batches(xs, L, s, seeds, settings, device):
-    """Yields for every step x, (R, B, T) int64, and hidden, (R, B, T) bool.
+def drawn_at_once(settings, T):
+    """The number of steps whose strings and masks are drawn at once."""
+    return max(1, min(DRAWN, 2**22 // (settings.batch * T)))
+
+
+def batches(xs, L, s, seeds, randoms, settings, done=0):
+    """Yields for every step after the first `done` x, (R, B, T) int64, and hidden, (R, B, T) bool.
 
     A run draws with replacement from its own strings, or fresh ones from its own grammar, many
-    steps at a time and from its own generators, so that its draws don't depend on the others."""
+    steps at a time and from its own generators, so that its draws don't depend on the others.
+    randoms: two generators for each run, one that picks strings and one that draws masks."""
     T, B = s**L, settings.batch
-    n = max(1, min(DRAWN, 2**22 // (B * T)))  # steps drawn at once
-    randoms = [(stream(seed, 1, device), stream(seed, 2, device)) for seed in seeds]
-    for start in range(0, settings.steps, n):
+    n, device = drawn_at_once(settings, T), randoms[0][0].device
+    for start in range(done, settings.steps, n):
         x, hidden = [], []
         for run, seed, (pick, mask) in zip(xs, seeds, randoms):
             if isinstance(run, Grammar):
@@ -410,7 +414,7 @@ def follow(teacher, student, ema):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
 
 
-def train(xs, v, s, L, target, seeds, settings, device, watch):
+def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None):
     """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars.
 
     Returns (teacher, untrained, diverged): the moving average of R students, their encoders before
@@ -431,10 +435,17 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, betas=BETAS, weight_decay=settings.decay, fused=device != "mps")
-    randoms = [stream(seed, 3, device) for seed in seeds]
-    stopped = {}  # what has diverged: run -> (step, its weights before it)
+    pick, mask, drop = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
 
-    for step, (x, hidden) in enumerate(batches(xs, L, s, seeds, settings, device), 1):
+    # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights before)
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    about = {"v": v, "s": s, "depth": L, "target": target, "seed": list(seeds), **vars(settings)}
+    about["device"] = torch.device(device).type
+    checkpoint = Checkpoint(resume, parts, [*pick, *mask, *drop], xs, about)
+    done, stopped = checkpoint.load()
+
+    steps = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
+    for step, (x, hidden) in enumerate(steps, done + 1):
         # the teacher sees whole strings, and nothing flows back into it
         with torch.no_grad():
             if target == "token":
@@ -447,7 +458,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
                 goals = see(x)[-K:]                                     # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
-        loss = student(x, hidden, goals, randoms)                       # (R,)
+        loss = student(x, hidden, goals, drop)                          # (R,)
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
@@ -468,6 +479,10 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
             watch(step, loss.detach(), teacher.encoder)
         if len(stopped) == R:
             break
+        # between two draws the generators' states say all about the steps to come
+        last = step == settings.steps
+        if last or step % drawn_at_once(settings, T) == 0:
+            checkpoint.save(step, stopped, last)
 
     # what diverged goes back to where it stopped
     for r, (_, kept) in stopped.items():
@@ -568,12 +583,14 @@ def one_run(module, r):
     return alone
 
 
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **settings):
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", resume=None,
+             **settings):
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always fresh
     strings. seeds: one for each. watch(step, loss, teacher), if given, is called after every step
-    with the R losses and the R teachers in one encoder. settings: rows of SETTINGS, or preset.
+    with the R losses and the R teachers in one encoder. resume: a file, written every minute and
+    at the end; if it exists, the runs go on from it. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError, naming the argument, if something does not fit."""
     for seed in seeds:
@@ -598,7 +615,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     # of anyone's strings m is not known
     check_size(v, s, 2, L, P, target, **settings)
 
-    teacher, untrained, diverged = train(runs, v, s, L, target, seeds, options, device, watch)
+    trained = train(runs, v, s, L, target, seeds, options, device, watch, resume)
+    teacher, untrained, diverged = trained
     models = []
     for r, step in enumerate(diverged):
         own = one_run(teacher, r), one_run(untrained, r)
@@ -606,9 +624,9 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, **settings):
     """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
-    model = fit_many([x], v, s, target, [seed], watch, device, **settings)[0]
+    model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
     if model.diverged:
         lr, decay = model.settings.lr, model.settings.decay
         raise FloatingPointError(f"the loss is not finite at step {model.diverged}; "
@@ -724,10 +742,10 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
         # as many steps as the strings of a run last, so that each trains alone
         for grammar, P, seed in zip(grammars, samples, seeds):
             settings["steps"] = max(1, P // options.batch)
-            models += fit_many([grammar], v, s, target, [seed], None, device, **settings)
+            models += fit_many([grammar], v, s, target, [seed], device=device, **settings)
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
-        models = fit_many(xs, v, s, target, seeds, None, device, **settings)
+        models = fit_many(xs, v, s, target, seeds, device=device, **settings)
     return measure(models, grammars, seeds, device)
 
 
@@ -816,6 +834,8 @@ def main():
     add_settings(parser, SETTINGS, PRESETS)
     add("--trace", metavar="FILE.csv", type=new_file, help="write what is printed to this file")
     add("--save", metavar="FILE.pt", type=new_file, help="write the trained encoder to this file")
+    add("--resume", metavar="FILE.pt", type=new_file,
+        help="go on from this file if it exists, and write the state of training to it")
     args = parser.parse_args()
     grammar = grammar_from_flags(parser, args)
     device = pick_device(parser, args.device)
@@ -823,8 +843,7 @@ def main():
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     try:
         check_size(v, s, m, L, P, args.target, **given)
-        if args.save and os.path.realpath(args.save) == os.path.realpath(args.trace or os.devnull):
-            raise ValueError("save: must be another file than that of --trace")
+        check_apart(args, "trace", "save", "resume")
     except ValueError as error:
         parser.error(f"argument --{error}")
 
@@ -841,12 +860,13 @@ def main():
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
-    bar = tqdm(total=settings.steps, unit="step", leave=False)
-    with open(args.trace or os.devnull, "w") as trace, bar:
-        print(*columns, sep=",", file=trace, flush=True)
+    trace, bar = None, tqdm(total=settings.steps, unit="step", leave=False)
+    with bar:
 
         def watch(step, loss, teacher):
-            bar.update()
+            nonlocal trace
+            trace = trace or open_trace(args.trace, columns, step)
+            bar.update(step - bar.n)
             if step > 1 and step % max(1, settings.steps // settings.probes):
                 return
             features = partial(encode, teacher)
@@ -857,7 +877,10 @@ def main():
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
         try:
-            model = fit(x, v, s, args.target, seed, watch, device, **given)
+            model = fit(x, v, s, args.target, seed, watch, device, args.resume, **given)
+        except ValueError as error:  # of --resume; all else is checked
+            bar.close()
+            parser.error(f"argument --{error}")
         except FloatingPointError as error:
             bar.close()
             parser.exit(1, f"{parser.prog}: {error}\n")
