@@ -19,7 +19,6 @@ Every weight has a leading dimension R: R runs of the same sizes are trained sid
 loop, each with its own strings and seed, because a step of one small network is mostly overhead.
 """
 
-import os
 from argparse import ArgumentTypeError
 from copy import deepcopy
 from functools import partial
@@ -30,10 +29,10 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings, as_strings,
-    check_memory, check_whole, choice, given_settings, grammar_from_flags, linear_probe, new_file,
-    paper_preset,
-    pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
+    TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
+    as_strings, check_apart, check_memory, check_whole, choice, given_settings,
+    grammar_from_flags, linear_probe, new_file, open_trace, paper_preset, pick_device,
+    read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
@@ -284,7 +283,7 @@ def build(R, v, s, L, settings):
 
 
 # --------------------------------------------------------------------------------------------------
-# what is hidden, and how far a prediction is off
+# what is hidden, how far a prediction is off, and the student
 
 
 def draw_mask(B, L, s, rate, block, random):
@@ -323,6 +322,38 @@ def mean_where(hidden, error):
     return (error * hidden).sum((1, 2)) / hidden.sum((1, 2))
 
 
+class Learner(nn.Module):
+    """R students: an encoder, and the linear heads that predict from its maps."""
+
+    def __init__(self, R, v, s, L, target, settings):
+        super().__init__()
+        d = settings.width
+        maps = L if settings.encoder == "tree" else settings.layers
+        self.v, self.target, self.K = v, target, min(settings.top, maps)
+        count = self.K if target in ("stacked", "several") else 1
+        outputs = aligned(v) if target == "token" else d
+        self.encoder = build(R, v, s, L, settings)
+        self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
+
+    def predict(self, x, hidden, randoms=None):
+        """What every head predicts, from strings (R, B, T) with hidden tokens, (R, B, T) bool."""
+        maps = self.encoder(x.masked_fill(hidden, self.v), randoms)
+        own = self.target == "stacked"      # each head has a map of its own
+        sources = maps[-self.K :] if own else maps[-1:] * len(self.heads)
+        return [head(h) for head, h in zip(self.heads, sources)]
+
+    def forward(self, x, hidden, goals, randoms=None):
+        """The losses, (R,), at the hidden positions, against the goal of every head."""
+        loss = 0
+        for prediction, goal in zip(self.predict(x, hidden, randoms), goals):
+            if self.target == "token":
+                error = cross_entropy(prediction[..., : self.v], goal)      # (R, B, T)
+            else:
+                error = smooth_l1(prediction, goal)                         # (R, B, n)
+            loss = loss + mean_where(hidden, error)
+        return loss
+
+
 # --------------------------------------------------------------------------------------------------
 # training
 
@@ -332,15 +363,20 @@ def stream(seed, number, device="cpu"):
     return torch.Generator(device).manual_seed(4 * seed + number)
 
 
-def batches(xs, L, s, seeds, settings, device):
-    """Yields for every step x, (R, B, T) int64, and hidden, (R, B, T) bool.
+def drawn_at_once(settings, T):
+    """The number of steps whose strings and masks are drawn at once."""
+    return max(1, min(DRAWN, 2**22 // (settings.batch * T)))
+
+
+def batches(xs, L, s, seeds, randoms, settings, done=0):
+    """Yields for every step after the first `done` x, (R, B, T) int64, and hidden, (R, B, T) bool.
 
     A run draws with replacement from its own strings, or fresh ones from its own grammar, many
-    steps at a time and from its own generators, so that its draws don't depend on the others."""
+    steps at a time and from its own generators, so that its draws don't depend on the others.
+    randoms: two generators for each run, one that picks strings and one that draws masks."""
     T, B = s**L, settings.batch
-    n = max(1, min(DRAWN, 2**22 // (B * T)))  # steps drawn at once
-    randoms = [(stream(seed, 1, device), stream(seed, 2, device)) for seed in seeds]
-    for start in range(0, settings.steps, n):
+    n, device = drawn_at_once(settings, T), randoms[0][0].device
+    for start in range(done, settings.steps, n):
         x, hidden = [], []
         for run, seed, (pick, mask) in zip(xs, seeds, randoms):
             if isinstance(run, Grammar):
@@ -378,34 +414,38 @@ def follow(teacher, student, ema):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
 
 
-def train(xs, v, s, L, target, seeds, settings, device, watch):
+def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None):
     """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars.
 
-    Returns (teacher, untrained, diverged): R encoders, the same before training, and for every
-    run the step whose loss or gradient was not finite, which is where it stops, or 0."""
-    # student, heads, and the teacher, which starts as the student
-    R, T, d = len(xs), s**L, settings.width
-    K = min(settings.top, L if settings.encoder == "tree" else settings.layers)
-    count = K if target in ("stacked", "several") else 1
-    outputs = aligned(v) if target == "token" else d
-    student = build(R, v, s, L, settings)
-    heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
-    learner = nn.ModuleList([student, heads])
-    initialise(learner, [stream(seed, 0) for seed in seeds]).to(device)
-    teacher, untrained = (deepcopy(student).requires_grad_(False) for _ in range(2))
-    see = partial(teacher, ffn=settings.target_from == "ffn")
+    Returns (teacher, untrained, diverged): the moving average of R students, their encoders before
+    training, and for every run the step whose loss or gradient was not finite, which is where it
+    stops, or 0."""
+    # the teacher starts as the student; its heads are averaged too, to be kept with it
+    R, T = len(xs), s**L
+    student = Learner(R, v, s, L, target, settings)
+    initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
+    teacher = deepcopy(student).requires_grad_(False)
+    untrained = deepcopy(teacher.encoder)
+    see, K = partial(teacher.encoder, ffn=settings.target_from == "ffn"), student.K
 
     # biases and layer norms don't decay
-    weights = dict(learner.named_parameters())
+    weights = dict(student.named_parameters())
     constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
     decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, betas=BETAS, weight_decay=settings.decay, fused=device != "mps")
-    randoms = [stream(seed, 3, device) for seed in seeds]
-    stopped = {}  # what has diverged: run -> (step, its weights before it)
+    pick, mask, drop = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
 
-    for step, (x, hidden) in enumerate(batches(xs, L, s, seeds, settings, device), 1):
+    # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights before)
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    about = {"v": v, "s": s, "depth": L, "target": target, "seed": list(seeds), **vars(settings)}
+    about["device"] = torch.device(device).type
+    checkpoint = Checkpoint(resume, parts, [*pick, *mask, *drop], xs, about)
+    done, stopped = checkpoint.load()
+
+    steps = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
+    for step, (x, hidden) in enumerate(steps, done + 1):
         # the teacher sees whole strings, and nothing flows back into it
         with torch.no_grad():
             if target == "token":
@@ -418,15 +458,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
                 goals = see(x)[-K:]                                     # each (R, B, n, d)
 
         # the student sees the rest, and predicts what is hidden from it
-        maps = student(x.masked_fill(hidden, v), randoms)
-        sources = maps[-K:] if target == "stacked" else maps[-1:] * count
-        loss = 0
-        for h, head, goal in zip(sources, heads, goals):
-            if target == "token":
-                error = cross_entropy(head(h)[..., :v], goal)           # (R, B, T)
-            else:
-                error = smooth_l1(head(h), goal)                        # (R, B, n)
-            loss = loss + mean_where(hidden, error)                     # (R,), one for every run
+        loss = student(x, hidden, goals, drop)                          # (R,)
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
@@ -444,9 +476,13 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
         # the teacher keeps ema of itself
         follow(teacher, student, settings.ema)
         if watch:
-            watch(step, loss.detach(), teacher)
+            watch(step, loss.detach(), teacher.encoder)
         if len(stopped) == R:
             break
+        # between two draws the generators' states say all about the steps to come
+        last = step == settings.steps
+        if last or step % drawn_at_once(settings, T) == 0:
+            checkpoint.save(step, stopped, last)
 
     # what diverged goes back to where it stopped
     for r, (_, kept) in stopped.items():
@@ -460,11 +496,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch):
 
 
 class Data2vec:
-    """What fit returns: a trained encoder, the same one before training, and their settings."""
+    """What fit returns: a Learner of one run, its encoder before training, and their settings.
 
-    def __init__(self, v, s, L, target, settings, encoder, untrained=None, diverged=0):
+    Encoder and heads are the teacher's, moving averages of the student's."""
+
+    def __init__(self, v, s, L, target, settings, learner, untrained=None, diverged=0):
         self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
-        self.encoder, self.untrained, self.diverged = encoder, untrained, diverged
+        self.learner, self.encoder, self.heads = learner, learner.encoder, learner.heads
+        self.untrained, self.diverged = untrained, diverged
 
     def __repr__(self):
         sizes = f"v={self.v}, s={self.s}, L={self.L}, encoder={self.settings.encoder}"
@@ -485,7 +524,7 @@ class Data2vec:
         """Write sizes, settings and the teacher's weights; the file is complete or not there."""
         saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
         saved["settings"] = vars(self.settings)
-        saved["weights"] = {name: w.cpu() for name, w in self.encoder.state_dict().items()}
+        saved["weights"] = {name: w.cpu() for name, w in self.learner.state_dict().items()}
         write_whole(file, partial(torch.save, saved))
 
 
@@ -496,14 +535,14 @@ def load(file):
         settings = read_settings(SETTINGS, PRESETS, saved["settings"])
         v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
         check_size(v, s, 2, L, 1, target, **saved["settings"])
-        encoder = build(1, v, s, L, settings).requires_grad_(False)
-        encoder.load_state_dict(saved["weights"])
+        learner = Learner(1, v, s, L, target, settings).requires_grad_(False)
+        learner.load_state_dict(saved["weights"])
     except OSError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(v, s, L, target, settings, encoder)
+    return Data2vec(v, s, L, target, settings, learner)
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
@@ -527,6 +566,8 @@ def check_size(v, s, m, L, P, target="latent", **settings):
         weights = sum(w.numel() for w in build(1, v, s, L, options).parameters())
     strings = 0 if options.online else P
     measured = options.test_strings + options.probe_strings
+    if target == "token":
+        check_memory("depth", inference_bytes(v, s, m, L), "exact inference for a string")
     # weights stand with teacher, untrained, gradient and the two averages of AdamW
     check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
     check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
@@ -534,20 +575,22 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
 
 
-def one_run(encoders, r):
-    """A copy of encoder r of R."""
-    encoder = deepcopy(encoders)
-    for w in encoder.parameters():
+def one_run(module, r):
+    """A copy of run r of R."""
+    alone = deepcopy(module)
+    for w in alone.parameters():
         w.data = w.data[r : r + 1].clone()
-    return encoder
+    return alone
 
 
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **settings):
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", resume=None,
+             **settings):
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always fresh
     strings. seeds: one for each. watch(step, loss, teacher), if given, is called after every step
-    with the R losses and the R teachers in one encoder. settings: rows of SETTINGS, or preset.
+    with the R losses and the R teachers in one encoder. resume: a file, written every minute and
+    at the end; if it exists, the runs go on from it. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError, naming the argument, if something does not fit."""
     for seed in seeds:
@@ -572,7 +615,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     # of anyone's strings m is not known
     check_size(v, s, 2, L, P, target, **settings)
 
-    teacher, untrained, diverged = train(runs, v, s, L, target, seeds, options, device, watch)
+    trained = train(runs, v, s, L, target, seeds, options, device, watch, resume)
+    teacher, untrained, diverged = trained
     models = []
     for r, step in enumerate(diverged):
         own = one_run(teacher, r), one_run(untrained, r)
@@ -580,9 +624,9 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", **
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, **settings):
     """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
-    model = fit_many([x], v, s, target, [seed], watch, device, **settings)[0]
+    model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
     if model.diverged:
         lr, decay = model.settings.lr, model.settings.decay
         raise FloatingPointError(f"the loss is not finite at step {model.diverged}; "
@@ -698,11 +742,47 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
         # as many steps as the strings of a run last, so that each trains alone
         for grammar, P, seed in zip(grammars, samples, seeds):
             settings["steps"] = max(1, P // options.batch)
-            models += fit_many([grammar], v, s, target, [seed], None, device, **settings)
+            models += fit_many([grammar], v, s, target, [seed], device=device, **settings)
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
-        models = fit_many(xs, v, s, target, seeds, None, device, **settings)
+        models = fit_many(xs, v, s, target, seeds, device=device, **settings)
     return measure(models, grammars, seeds, device)
+
+
+@torch.no_grad()
+def token_losses(model, grammar, seed):
+    """How near is target token to what can be known? Three losses in nats per hidden token, on
+    the same fresh strings, masked as in training: (model, bayes, unigram).
+
+    bayes: the exact limit, -log P(token | visible tokens) by the rules. unigram: that of the
+    marginal distribution of every position. Raises ValueError for another target than token."""
+    if model.target != "token":
+        raise ValueError(f"model: must be trained with target token, not {model.target}")
+    settings, T = model.settings, grammar.s**grammar.L
+    device = next(model.learner.parameters()).device
+    fresh = grammar.sample(settings.test_strings, (seed, 1))[0]
+    # from the stream that drew no mask in training
+    masks = settings.mask, settings.mask_block, stream(seed, 1)
+    hidden = draw_mask(len(fresh), grammar.L, grammar.s, *masks)            # (P, T)
+    nothing = torch.zeros(T, dtype=torch.bool)
+    unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
+
+    # in pieces that need no more than 256 MiB, if one string does not
+    piece = max(1, 2**28 // inference_bytes(grammar.v, grammar.s, grammar.m, grammar.L))
+    losses = torch.zeros(3, dtype=torch.float64)
+    for x, gone in zip(fresh.split(piece), hidden.split(piece)):
+        scores = model.learner.predict(x.long()[None].to(device), gone[None].to(device))[0]
+        said = scores[0, :, :, : grammar.v].log_softmax(-1).cpu().double()  # (p, T, v)
+        bayes = grammar.posterior(x, ~gone)[0].log()                        # (p, T, v)
+        for i, log in enumerate((said, bayes, unigram.expand_as(said))):
+            of_token = log.gather(2, x.long()[..., None])[..., 0]           # (p, T)
+            losses[i] -= of_token[gone].sum()
+    return tuple((losses / hidden.sum()).tolist())
+
+
+def inference_bytes(v, s, m, L):
+    """What grammar.posterior needs for a string."""
+    return 16 * s ** (L - 1) * v * m * (2 * s + 1)
 
 
 @torch.no_grad()
@@ -754,6 +834,8 @@ def main():
     add_settings(parser, SETTINGS, PRESETS)
     add("--trace", metavar="FILE.csv", type=new_file, help="write what is printed to this file")
     add("--save", metavar="FILE.pt", type=new_file, help="write the trained encoder to this file")
+    add("--resume", metavar="FILE.pt", type=new_file,
+        help="go on from this file if it exists, and write the state of training to it")
     args = parser.parse_args()
     grammar = grammar_from_flags(parser, args)
     device = pick_device(parser, args.device)
@@ -761,8 +843,7 @@ def main():
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     try:
         check_size(v, s, m, L, P, args.target, **given)
-        if args.save and os.path.realpath(args.save) == os.path.realpath(args.trace or os.devnull):
-            raise ValueError("save: must be another file than that of --trace")
+        check_apart(args, "trace", "save", "resume")
     except ValueError as error:
         parser.error(f"argument --{error}")
 
@@ -779,12 +860,13 @@ def main():
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
-    bar = tqdm(total=settings.steps, unit="step", leave=False)
-    with open(args.trace or os.devnull, "w") as trace, bar:
-        print(*columns, sep=",", file=trace, flush=True)
+    trace, bar = None, tqdm(total=settings.steps, unit="step", leave=False)
+    with bar:
 
         def watch(step, loss, teacher):
-            bar.update()
+            nonlocal trace
+            trace = trace or open_trace(args.trace, columns, step)
+            bar.update(step - bar.n)
             if step > 1 and step % max(1, settings.steps // settings.probes):
                 return
             features = partial(encode, teacher)
@@ -795,7 +877,10 @@ def main():
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
         try:
-            model = fit(x, v, s, args.target, seed, watch, device, **given)
+            model = fit(x, v, s, args.target, seed, watch, device, args.resume, **given)
+        except ValueError as error:  # of --resume; all else is checked
+            bar.close()
+            parser.error(f"argument --{error}")
         except FloatingPointError as error:
             bar.close()
             parser.exit(1, f"{parser.prog}: {error}\n")
@@ -810,6 +895,10 @@ def main():
         what = "unseen synonyms, best map" if l < L else "MLP probe of the last map"
         mark = "   collapsed" if collapsed else ""
         print(f"level {l}  {what:29}{right:10.3f}{floor:12.3f}{mark}")
+    if args.target == "token":
+        loss, bayes, unigram = token_losses(model, grammar, seed)
+        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
+              f"unigram {unigram:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ to group the v*m tuples of every level into v groups of synonyms.
 import argparse
 import difflib
 import errno
+import hashlib
 import math
 import numbers
 import os
 import signal
 import sys
+import time
 import timeit
+from functools import partial
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
@@ -34,6 +37,7 @@ CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
 TEST_STRINGS = 4096   # fresh strings, that every score is taken on
 RIDGE = 1e-3          # of the linear probe, on features of size about 1
 MEMORY = 2**34        # bytes: what would need more is refused before it starts
+SAVE_EVERY = 60       # seconds after which a training's state is written again
 
 
 # ----------------------------------------------------------------------------------------
@@ -739,6 +743,106 @@ def write_whole(path, write):
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def check_apart(args, *names):
+    """Raise ValueError, naming the flag, if two of these flags name one file."""
+    flags = {}
+    for name in names:
+        path = getattr(args, name)
+        if path and os.path.realpath(path) in flags:
+            other = flags[os.path.realpath(path)]
+            raise ValueError(f"{name}: must be another file than that of --{other}")
+        if path:
+            flags[os.path.realpath(path)] = name
+
+
+def open_trace(path, columns, step):
+    """Open a CSV file for the rows of a run from this step on; nowhere if path is None.
+
+    From step 1 on the file is new. A run that goes on keeps the rows of the steps before."""
+    if path is None:
+        return open(os.devnull, "w")
+    lines = [",".join(columns)]
+    if step > 1 and os.path.exists(path):
+        with open(path, errors="replace") as file:
+            # what has no end was cut by a kill
+            header, *rows = file.read().rpartition("\n")[0].split("\n")
+        steps = [row.partition(",")[0] for row in rows]
+        if header == lines[0]:
+            lines += [row for row, at in zip(rows, steps) if at.isdecimal() and int(at) < step]
+        text = "\n".join(lines) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
+        return open(path, "a")
+    file = open(path, "w")
+    print(*lines, file=file, flush=True)
+    return file
+
+
+class Checkpoint:
+    """A file with the state of a training, from which the same training goes on if it was
+    killed, to the same bytes on a CPU. Without a file, nothing happens.
+
+    parts: {name: what has a state_dict}; generators: torch.Generators, that the draws of the
+    next step start from whenever save is called; xs: the strings or grammars of all runs;
+    about: {name: number or text}, all else that the result depends on.
+    Raises ValueError, naming resume, if the file is something else, or of another training."""
+
+    def __init__(self, file, parts, generators, xs, about):
+        self.file, self.parts, self.generators = file, parts, generators
+        self.written, self.cost = time.monotonic(), 0.0
+        self.about = dict(about)
+        if file is not None:
+            self.about["strings"] = digest(xs)
+
+    def load(self):
+        """Set all parts and generators to the state in the file. Returns (step, rest) as save
+        was given them, or (0, {}) if there is no file yet."""
+        if self.file is None or not os.path.exists(self.file):
+            return 0, {}
+        try:
+            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+            old = saved["about"]
+            changed = [name for name in self.about if old.get(name) != self.about[name]]
+            if not changed:
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved["states"][name])
+                for generator, state in zip(self.generators, saved["generators"]):
+                    generator.set_state(state)
+                return saved["step"], saved["rest"]
+        except OSError:
+            raise
+        except Exception as error:  # whatever foreign bytes lead to
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"resume: {self.file} holds no training: {reason}") from None
+        name = changed[0]
+        both = f"{old.get(name)!r:.20} there, {self.about[name]!r:.20} here"
+        raise ValueError(f"resume: {self.file} is of another run: {name} is {both}")
+
+    def save(self, step, rest, last=False):
+        """Write the state after a step, if it is time to, or the last one. rest: {} or what
+        else the loop must know."""
+        began = time.monotonic()
+        # what takes longer than a second to write is written more rarely
+        due = began - self.written >= SAVE_EVERY * max(1, self.cost)
+        if self.file is None or not (due or last):
+            return
+        saved = {"about": self.about, "step": step, "rest": rest}
+        saved["states"] = {name: part.state_dict() for name, part in self.parts.items()}
+        saved["generators"] = [generator.get_state() for generator in self.generators]
+        write_whole(self.file, partial(torch.save, saved))
+        self.written = time.monotonic()
+        self.cost = self.written - began
+
+
+def digest(xs):
+    """One word for a list of strings (P, T) and grammars: other ones have another word."""
+    sha = hashlib.sha256()
+    for x in xs:
+        for part in [*x.rules, x.p] if isinstance(x, Grammar) else [x]:
+            sha.update(str(part.shape).encode())
+            sha.update(part.cpu().contiguous().numpy())
+    return sha.hexdigest()
 
 
 def add_grammar_flags(parser, m=3, samples=None):

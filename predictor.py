@@ -25,7 +25,6 @@ side by side, and on one CPU thread a run is the same to the byte whichever runs
 import copy
 import importlib.util
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,10 @@ from torch import nn
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
-    as_strings, check_memory, check_whole, choice, cousins, given_settings, grammar_from_flags,
-    linear_probe, new_file,
-    paper_preset, pick_device, read_settings, real, run_script, strings_bytes, whole,
+    TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags,
+    add_settings, as_strings, check_apart, check_memory, check_whole, choice, cousins,
+    given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
+    pick_device, read_settings, real, run_script, strings_bytes, whole,
 )
 
 TARGETS = ("latent", "token", "joint")
@@ -394,7 +393,7 @@ def draws(xs, s, L, batch, v, generators, device):
         yield from zip(*(torch.stack(part, 1) for part in zip(*block)))
 
 
-def train(xs, s, L, seeds, steps, options, device, watch=None):
+def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
     """The training loop, for R runs of equally many steps. Returns R Predictors."""
     # every run has its own generator, for its weights and then for its batches
     R, v, target = len(xs), options.v, options.target
@@ -409,9 +408,17 @@ def train(xs, s, L, seeds, steps, options, device, watch=None):
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
     random = draws(xs, s, L, options.batch, v, generators, device)
     top = {"token": 0, "latent": L - 2, "joint": L - 1}[target]    # the last level it teaches
-    ended = {}
 
-    for step in range(steps):
+    # a run that was killed goes on; ended: what has diverged, run -> (step, its weights)
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    about = {"s": s, "depth": L, "seed": list(seeds), "device": torch.device(device).type}
+    checkpoint = Checkpoint(resume, parts, generators, xs, about | vars(options))
+    done, ended = checkpoint.load()
+    for norm in student.modules():
+        if isinstance(norm, BatchNorm):
+            norm.batches = done
+
+    for step in range(done, steps):
         draw = next(random)
         if options.schedule == "linear":
             optimizer.param_groups[0]["lr"] = options.lr * (1 - step / steps)
@@ -426,7 +433,7 @@ def train(xs, s, L, seeds, steps, options, device, watch=None):
         # a run whose loss is not finite ends here, and its neighbours go on
         for r, finite in enumerate(loss.isfinite().tolist()):
             if not finite and r not in ended:
-                ended[r] = Predictor(student.run(r), v, target, step + 1)
+                ended[r] = step + 1, student.run(r).state_dict()
         if len(ended) == R:
             break
 
@@ -444,8 +451,19 @@ def train(xs, s, L, seeds, steps, options, device, watch=None):
                 old.mul_(options.ema).add_(new, alpha=1 - options.ema)
         if watch:
             watch(step + 1, steps, student, prediction.detach())
+        # between two draws the generators' states say all about the steps to come
+        last = step + 1 == steps
+        if last or (step + 1) % BLOCK == 0:
+            checkpoint.save(step + 1, ended, last)
 
-    return [ended.get(r) or Predictor(student.run(r), v, target) for r in range(R)]
+    learned = []
+    for r in range(R):
+        network, diverged = student.run(r), 0
+        if r in ended:
+            diverged, weights = ended[r]
+            network.load_state_dict(weights)
+        learned.append(Predictor(network, v, target, diverged))
+    return learned
 
 
 def jacobian_descent(parts, weights):
@@ -457,13 +475,15 @@ def jacobian_descent(parts, weights):
     jac_to_grad(weights, UPGrad())
 
 
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **settings):
     """R runs side by side: run r learns from the strings xs[r] with seeds[r]. R Predictors.
 
     xs: for each run (P, s^L) symbols 0..v-1, as a tensor, array or lists; P may differ. Or a
     Grammar, for online training on always fresh strings, on the CPU.
     settings: see SETTINGS. watch(step, steps, network, prediction) is called after every step,
     with the Network of the runs that train together and their prediction losses, (R, L-1).
+    resume: a file, written every minute and at the end; if it exists, the runs go on from it.
+    All runs must then have equally many steps.
     A run whose loss stops being finite keeps the weights and the number of that step, as
     diverged. Raises ValueError, naming the argument or setting."""
     check_whole("v", v, 2, 256)
@@ -493,17 +513,19 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, **settings):
             steps = min(steps, math.ceil(options.epochs * len(x) / options.batch))
         alone = r if options.combine == "upgrad" else 0
         together.setdefault((steps, alone), []).append(r)
+    if resume is not None and len(together) > 1:
+        raise ValueError("resume: is for runs that train in one loop, with equally many steps")
     learned = {}
     for (steps, _), runs in together.items():
         x, seed = [strings[r] for r in runs], [seeds[r] for r in runs]
-        trained = train(x, s, L, seed, steps, options, device, watch)
+        trained = train(x, s, L, seed, steps, options, device, watch, resume)
         learned.update(zip(runs, trained))
     return [learned[r] for r in range(len(xs))]
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, resume=None, **settings):
     """fit_many of one run: a Predictor, or a FloatingPointError if it diverged."""
-    learned = fit_many([x], v, s, target, [seed], watch, **settings)[0]
+    learned = fit_many([x], v, s, target, [seed], watch, resume, **settings)[0]
     if learned.diverged:
         step = learned.diverged
         raise FloatingPointError(f"step {step}: the loss is not finite; lower lr or decay")
@@ -661,6 +683,8 @@ def main():
     add_settings(parser, SETTINGS, PRESETS)
     add("--trace", metavar="FILE.csv", type=new_file, help="write accuracy and loss by the step")
     add("--save", metavar="FILE", type=new_file, help="write the weights, for predictor.load")
+    add("--resume", metavar="FILE", type=new_file,
+        help="go on from this file if it exists, and write the state of training to it")
     args = parser.parse_args()
     device = pick_device(parser, args.device)
     grammar = grammar_from_flags(parser, args)
@@ -668,20 +692,21 @@ def main():
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        if args.save and os.path.realpath(args.save) == os.path.realpath(args.trace or os.devnull):
-            raise ValueError("save: must be another file than that of --trace")
+        check_apart(args, "trace", "save", "resume")
     except ValueError as error:
         parser.error(f"argument --{error}")
 
     levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
-    with open(args.trace or os.devnull, "w") as trace, tqdm(unit="step") as bar:
-        columns = [f"accuracy {l},prediction {l}" for l in range(1, L)]
-        print("step", *columns, sep=",", file=trace, flush=True)
+    columns = ["step", *(f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction"))]
+    trace = None
+    with tqdm(unit="step") as bar:
 
         def watch(step, steps, network, prediction):
+            nonlocal trace
+            trace = trace or open_trace(args.trace, columns, step)
             bar.total = steps
-            bar.update()
+            bar.update(step - bar.n)
             if step % max(1, steps // 80) and step != steps:
                 return
             labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
@@ -691,7 +716,10 @@ def main():
             bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in right))
 
         try:
-            learned = fit(levels[0], v, s, args.target, args.seed, watch, **settings)
+            learned = fit(levels[0], v, s, args.target, args.seed, watch, args.resume, **settings)
+        except ValueError as error:  # of --resume; all else is checked
+            bar.close()
+            parser.error(f"argument --{error}")
         except FloatingPointError as error:
             bar.close()
             parser.exit(1, f"{parser.prog}: {error}\n")

@@ -804,7 +804,7 @@ def reached(loss, network):
 
 def same_weights(a, b):
     a, b = a.network.state_dict(), b.network.state_dict()
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return all(torch.equal(a[name].nan_to_num(7), b[name].nan_to_num(7)) for name in a)  # a NaN equals a NaN
 
 
 @pytest.mark.parametrize("s", [2, 3])
@@ -1089,8 +1089,70 @@ def test_predictor_runs_alone(tmp_path, monkeypatch, capsys):
     assert predictor.load("a.pt").target == "latent"
 
 
+def test_a_predictor_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """Two runs beside each other, one of which has diverged by then."""
+    xs, file = eight_runs()[:2], tmp_path / "run"
+    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
+    monkeypatch.setattr(predictor, "BLOCK", 3)
+
+    def poison(step, steps, network, prediction):
+        if step == 2:
+            network.layers[0].predict[0].weight.data[1, 0, 0] = math.nan
+
+    def stop(step, *rest):
+        poison(step, *rest)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    whole = predictor.fit_many(xs, 8, 2, "latent", [0, 1], poison, steps=13)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.fit_many(xs, 8, 2, "latent", [0, 1], stop, file, steps=13)
+    assert torch.load(file, weights_only=True)["step"] == 6
+    again = predictor.fit_many(xs, 8, 2, "latent", [0, 1], poison, file, steps=13)
+    ended = predictor.fit_many(xs, 8, 2, "latent", [0, 1], None, file, steps=13)
+    assert all(map(same_weights, whole, again)) and all(map(same_weights, whole, ended))
+    assert [run.diverged for run in again] == [run.diverged for run in ended] == [0, 3]
+    state = file.read_bytes()
+    for change in ({"target": "token"}, {"seeds": [0, 2]}, {"steps": 14}, {"xs": xs[::-1]}):
+        more = {"xs": xs, "target": "latent", "seeds": [0, 1], "steps": 13} | change
+        with pytest.raises(ValueError, match="^resume: .* is of another run: .* there, .* here$"):
+            predictor.fit_many(v=8, s=2, resume=file, **more)
+    with pytest.raises(ValueError, match="^resume: is for runs that train in one loop"):
+        predictor.fit_many([xs[0], xs[1][:20]], 8, 2, seeds=[0, 1], resume=file, epochs=4)
+    assert file.read_bytes() == state
+
+
+def test_a_trace_goes_on_where_its_run_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
+    monkeypatch.setattr(predictor, "BLOCK", 2)
+    flags = "predictor.py --depth 2 --v 4 --m 2 --samples 50 --steps 5 --device cpu --trace trace --resume run"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    predictor.main()
+    table, trace = capsys.readouterr().out, Path("trace").read_text()
+    fit = predictor.fit
+
+    def stopped(x, v, s, target, seed, watch, resume, **settings):
+        def stop(step, *rest):
+            watch(step, *rest)
+            if step == 3:
+                raise KeyboardInterrupt
+
+        return fit(x, v, s, target, seed, stop, resume, **settings)
+
+    os.remove("run")
+    monkeypatch.setattr(predictor, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.main()
+    with open("trace", "a") as file:
+        file.write("4,0.1")  # a row that a kill cut short
+    monkeypatch.setattr(predictor, "fit", fit)
+    predictor.main()
+    assert Path("trace").read_text() == trace and capsys.readouterr().out == table
+
+
 @pytest.mark.parametrize("flags", [
-    "--save x --trace x", "--save no/x --trace x", "--trace no/x", "--codes 3 --trace x", "--hidden 999999999",
+    "--save x --trace x", "--resume x --save x", "--save no/x --trace x", "--trace no/x", "--codes 3 --trace x", "--hidden 999999999",
     "--samples 2147483647", "--alike near",
 ])
 def test_a_refused_predictor_leaves_nothing_behind(flags, tmp_path, monkeypatch, capsys):
@@ -1124,6 +1186,10 @@ def drawn(n, v=4, s=2, L=3, m=2):
     """n grammars, and strings of each, no two samples of one size."""
     grammars = [Grammar.random(v, s, m, L, i) for i in range(n)]
     return grammars, [g.sample(20 + 7 * i, i)[0] for i, g in enumerate(grammars)]
+
+
+def streams(seeds):
+    return [(data2vec.stream(seed, 1), data2vec.stream(seed, 2)) for seed in seeds]
 
 
 def weights(model):
@@ -1168,7 +1234,7 @@ def test_the_student_does_not_see_what_is_hidden_and_the_teacher_sees_all(monkey
     monkeypatch.setattr(data2vec, "build", watched)
     _, xs = drawn(2)
     data2vec.fit_many(xs, 4, 2, "latent", [0, 1], **TINY["tree"])
-    steps = data2vec.batches(xs, 3, 2, [0, 1], options(**TINY["tree"]), "cpu")
+    steps = data2vec.batches(xs, 3, 2, [0, 1], streams([0, 1]), options(**TINY["tree"]))
     for i, (x, hidden) in enumerate(steps):
         assert torch.equal(seen[2 * i], x) and x.max() < 4
         assert torch.equal(seen[2 * i + 1], torch.where(hidden, 4, x)) and hidden.any(2).all()
@@ -1183,7 +1249,7 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
     _, xs = drawn(3)
     losses, v = [], 4
     data2vec.fit_many(xs, v, 2, target, [4, 5, 6], lambda step, loss, teacher: losses.append(loss), **vars(settings))
-    x, hidden = next(data2vec.batches(xs, 3, 2, [4, 5, 6], settings, "cpu"))
+    x, hidden = next(data2vec.batches(xs, 3, 2, [4, 5, 6], streams([4, 5, 6]), settings))
 
     def standard(h):
         return (h - h.mean()) / (h.var(correction=0) + 1e-5) ** 0.5
@@ -1321,6 +1387,7 @@ def test_features_know_the_tree_and_a_checkpoint_gives_them_again(preset, tmp_pa
     model.save(tmp_path / "encoder.pt")
     loaded = data2vec.load(tmp_path / "encoder.pt")
     assert equal(loaded.features(x), maps) and repr(loaded) == repr(model) and "\n" not in repr(model)
+    assert equal(loaded.heads.parameters(), model.heads.parameters())
     for name, content in (("text", b"hello"), ("empty", b""), ("other", None)):
         file = tmp_path / name
         torch.save({"v": 8}, file) if content is None else file.write_bytes(content)
@@ -1358,7 +1425,7 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone(preset):
 def test_offline_repeats_p_strings_and_online_never():
     g, settings = Grammar.random(8, 2, 4, 4, 0), options(steps=150, batch=16)
     offline, online = g.sample(20, 3)[0], g
-    steps = list(data2vec.batches([offline, online], 4, 2, [3, 3], settings, "cpu"))
+    steps = list(data2vec.batches([offline, online], 4, 2, [3, 3], streams([3, 3]), settings))
     x = torch.stack([x for x, _ in steps], 1).flatten(1, 2)  # (2, 2400, T)
     assert x.shape == (2, 2400, 16) and x.dtype == torch.int64
     assert {tuple(row) for row in x[0].tolist()} == {tuple(row) for row in offline.tolist()}
@@ -1469,6 +1536,32 @@ def test_synonym_score_is_one_for_latents_and_about_zero_for_tuples():
     assert abs(data2vec.synonym_scores(oracle(g, 1, raw=True), g, 0, settings)[0]) < 0.1
 
 
+def test_token_losses_are_those_of_a_loop_and_of_enumeration():
+    g, few = Grammar.random(3, 2, 2, 2, 1, zipf=1.0), {"test_strings": 20, "mask": 0.4, "mask_block": 0}
+    model = data2vec.fit(g, 3, 2, "token", 5, **TINY["tree"], **few)
+    found = data2vec.token_losses(model, g, 5)
+    x = g.sample(20, (5, 1))[0].long()
+    hidden = data2vec.draw_mask(20, 2, 2, 0.4, 0, data2vec.stream(5, 1))
+    levels, chance = every_string(g)
+    terms = []
+    for b, t in hidden.nonzero().tolist():
+        last = model.encoder(torch.where(hidden, 3, x)[None, b : b + 1])[-1][0, 0, t]
+        said = last @ model.heads[0].weight[0] + model.heads[0].bias[0, 0]
+        same, token = (levels[0] == x[b])[:, ~hidden[b]].all(1), levels[0][:, t] == x[b, t]
+        known = chance[same & token].sum() / chance[same].sum()
+        terms.append([-F.log_softmax(said[:3], 0)[x[b, t]].item(), -known.log(), -chance[token].sum().log()])
+    assert np.allclose(found, np.mean(terms, 0), rtol=1e-5)
+    with pytest.raises(ValueError, match="^model: must be trained with target token, not latent"):
+        data2vec.token_losses(data2vec.fit(g, 3, 2, **TINY["tree"]), g, 5)
+
+
+def test_a_model_of_tokens_stands_between_the_bayes_limit_and_the_unigram_loss():
+    g = Grammar.random(8, 2, 2, 3, 0)
+    model = data2vec.fit(g, 8, 2, "token", 0, steps=200, test_strings=1000, mask_block=0)
+    loss, bayes, unigram = data2vec.token_losses(model, g, 0)
+    assert bayes + 0.01 < loss < unigram - 0.1
+
+
 def test_collapse_is_seen():
     g = Grammar.random(8, 2, 3, 3, 0)
     x = g.sample(512, 1)[0]
@@ -1494,6 +1587,16 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
     x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
     model = data2vec.fit(x, 4, 2, "several", 0, preset=preset, steps=2, batch=8, width=16, hidden=16)
     assert equal(data2vec.load(tmp_path / "encoder.pt").features(x), model.features(x))
+    assert "Bayes" not in out
+
+
+def test_target_token_is_shown_beside_the_bayes_limit(monkeypatch, capsys):
+    flags = "--depth 2 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target token"
+    flags += " --probe-strings 50 --test-strings 50 --probe-steps 5"
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
+    data2vec.main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch("loss per hidden token [0-9.]+, exact Bayes limit [0-9.]+, unigram [0-9.]+", last)
 
 
 def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path, monkeypatch, capsys):
@@ -1504,6 +1607,62 @@ def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path,
             data2vec.main()
         assert end.value.code == 2 and capsys.readouterr().err.startswith("data2vec.py: argument --save: ")
     assert not list(tmp_path.iterdir())
+
+
+# a script that is killed in its 8th step, of blocks of two, and writes its state after each
+KILLED = """
+import os, signal, sys, torch
+sys.path.insert(0, {here!r})
+import data2vec, grammar
+torch.set_num_threads(1)
+grammar.SAVE_EVERY, data2vec.DRAWN = 0, 2
+follow, calls = data2vec.follow, []
+def killed(*rest):
+    calls.append(follow(*rest))
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+data2vec.follow = killed
+data2vec.main()
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys):
+    flags = "--preset transformer --depth 2 --v 4 --m 2 --samples 50 --steps 9 --batch 8 --width 16 --hidden 16"
+    flags += " --dropout 0.1 --probes 9 --probe-strings 50 --test-strings 50 --probe-steps 5 --device cpu"
+    flags += " --resume run --trace trace --save model"
+    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
+    monkeypatch.setattr(data2vec, "DRAWN", 2)
+
+    def go_on(folder, *more):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split(), *more])
+        data2vec.main()
+        table = capsys.readouterr().out.partition("on 50 fresh")[2]
+        return table, (folder / "trace").read_bytes(), data2vec.load("model").learner
+
+    table, trace, whole = go_on(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    command = [sys.executable, "-c", KILLED.format(here=str(HERE)), *flags.split()]
+    assert subprocess.run(command, cwd=killed, capture_output=True).returncode == -9
+    assert torch.load(killed / "run", weights_only=True)["step"] == 6
+    again = go_on(killed)
+    assert again[:2] == (table, trace) and equal(again[2].parameters(), whole.parameters())
+    # it is at its end, and remains there; other runs are refused
+    again = go_on(killed)
+    assert again[:2] == (table, trace) and equal(again[2].parameters(), whole.parameters())
+    state = (killed / "run").read_bytes()
+    for change in ("--lr 0.5", "--steps 10", "--seed 1", "--samples 49", "--depth 3", "--target token"):
+        with pytest.raises(SystemExit) as end:
+            go_on(killed, *change.split())
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and said.startswith("data2vec.py: argument --resume: run is of another run")
+    assert (killed / "run").read_bytes() == state
+    (killed / "run").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        go_on(killed)
+    assert (killed / "run").read_bytes() == b"mine" and (killed / "trace").read_bytes() == trace
 
 
 @every_target
