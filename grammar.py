@@ -989,7 +989,7 @@ def show_contrast(grammars, path):
     print(f"{g}, {len(grammars)} of them")
     print("how far apart parents' contexts are, and P where sqrt(v m / P) is as large\n")
     print("level" + "".join(f"{target:>18}" for target in found[0]))
-    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P"]  # of the CSV file
+    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P_noise"]  # of the CSV file
     sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
     for level in range(1, g.L):
         cells = ""

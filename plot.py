@@ -3,15 +3,18 @@ The pictures, from CSV files alone. Each is written into the folder of its files
 
     python plot.py out/                        a sweep's folder
     python plot.py out/ paper_readings.csv     with the paper's P* as stars in collapse.png
+    python plot.py out/ out/contrast.csv       with the prediction of P* from the rules alone
     python plot.py 0.csv 1.csv                 traces of data2vec.py, or of predictor.py
     python plot.py contrast.csv                from grammar.py --contrast --csv contrast.csv
 
   samples_vs_depth.png   P* against depth: the learner is the style of a line and its marker, the
                          target its colour; P* of the root has a panel of its own
+  methods.png            where a size has one depth: P* of all methods, a line for each
   collapse.png           where several m are there, at the largest depth: accuracy of level L-1
                          against P, P/(v m^3) and P over another law (the paper's figures 3, 11)
   phases.png             when each level rises while a network is trained (figures 5, 10, 13)
   contrast.png           how far apart parents' contexts are on each level, for each target
+  prediction.png         P* of clustering against the P at which noise equals that distance
 
 All files are read and checked before anything is drawn.
 """
@@ -68,7 +71,7 @@ STYLE = {
 KINDS = {  # the columns that tell what a file is
     "depth": ["method", "v", "s", "m", "L", "P50", "P50_lo", "P50_hi"],
     "runs": ["method", "v", "s", "m", "L", "P", "seed", "level", "accuracy"],
-    "contrast": ["v", "s", "m", "L", "target", "level", "contrast"],
+    "contrast": ["v", "s", "m", "L", "target", "level", "contrast", "P_noise"],
     "paper": ["method", "v", "s", "m", "L", "target", "P_star"],
     "data2vec": ["step", "unseen 1", "synonyms 1"],
     "predictor": ["step", "accuracy 1", "prediction 1"],
@@ -82,6 +85,7 @@ LIMITS = {  # type, lowest and highest number of a column; "unseen" is that of "
     "step": (int, 0, 10**15), "zipf": (float, 0, 1000), "contrast": (float, 0, 1e9),
     "accuracy": (float, 0, 1), "unseen": (float, 0, 1), "synonyms": (float, -1e9, 1e9),
     "prediction": (float, -1e9, 1e9), "P_star": (float, 1e-9, 1e18),
+    "P_noise": (float, 0, math.inf),
     "P50": (float, 1e-9, 1e18), "P50_lo": (float, 1e-9, 1e18), "P50_hi": (float, 1e-9, 1e18),
 }
 
@@ -347,11 +351,9 @@ def draw_panel(axis, v, m, depths, curves, styles):
 
 def draw_depth(tables):
     """The figure of samples_vs_depth.png; None without a table, or if nothing ran."""
-    rows = tables["depth"]
-    if collapse_groups(tables["runs"]):
-        # a size of one depth is collapse.png's
-        sizes = group(rows, "v", "s", "m", "zipf").values()
-        rows = [row for size in sizes if len(group(size, "L")) > 1 for row in size]
+    # a size of one depth is methods.png's
+    sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
+    rows = [row for size in sizes if len(group(size, "L")) > 1 for row in size]
     cells = cells_of(rows)
     panels = group(cells, "v", "s", "m", "zipf", "what")
     if not panels:
@@ -380,6 +382,60 @@ def draw_depth(tables):
     notes += [f"{sign} {state}" for state, sign in SIGNS.items() if state in states]
     figure.supxlabel(";  ".join(notes), x=0, ha="left")
     return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# methods.png
+
+
+def draw_methods(tables):
+    """The figure of methods.png: P* of every method at a size of one depth, a line for each
+    learner and its settings, and a colour for each target. None if there is no such size."""
+    sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
+    rows = [row for size in sizes if len(group(size, "L")) == 1 for row in size]
+    panels = group(cells_of(rows), "v", "s", "m", "L", "zipf", "what")
+    if not panels:
+        return None
+    colours = with_spare(COLOURS, SPARE_COLOURS, [parts(row["method"])[1] for row in rows])
+
+    # panels are as high as the lines they need
+    lines = max(len({line_name(cell["method"]) for cell in cells}) for cells in panels.values())
+    figure, axes = new_figure(len(panels), 1, 11, 1.4 + 0.42 * lines)
+    for axis, (size, cells) in zip(axes[:, 0], sorted(panels.items())):
+        v, s, m, L, zipf, what = size
+        names = list(dict.fromkeys(line_name(cell["method"]) for cell in cells))
+        targets = list(dict.fromkeys(parts(cell["method"])[1] for cell in cells))
+        for cell in cells:
+            target = parts(cell["method"])[1]
+            # targets of one line stand a little apart
+            shift = 0.16 * (targets.index(target) - (len(targets) - 1) / 2)
+            y, colour = names.index(line_name(cell["method"])) + shift, colours[target]
+            axis.hlines(y, cell["low"], cell["high"], color=colour)
+            fill = "white" if cell["state"] else colour
+            look = {"marker": MARKERS[targets.index(target)], "markerfacecolor": fill}
+            axis.plot(cell["P"], y, color=colour, linestyle="", **look)
+            sign = SIGNS.get(cell["state"], "").replace("\u2191", "\u2192").replace("\u2193", "\u2190")
+            axis.annotate(sign, (cell["P"], y), (8, 0), textcoords="offset points", va="center")
+        for k, target in enumerate(targets):
+            look = {"marker": MARKERS[k], "color": colours[target], "linestyle": ""}
+            axis.plot([], [], label=NAMES.get(target, target), **look)
+        axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+        # the rungs of a ladder are powers of 2; the first line is on top
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)))
+        axis.set_yticklabels(names)
+        axis.grid(axis="y", color="0.92")
+        axis.set(xlabel="P*, training strings")
+        axis.set_title(f"P* of {what}: {describe(v=v, s=s, m=m, L=L, zipf=zipf)}")
+    return figure
+
+
+def line_name(method):
+    """predictor-token:elements=one -> predictor:elements=one"""
+    name, colon, settings = method.partition(":")
+    return parts(name)[0] + colon + settings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,6 +484,14 @@ def draw_ladders(axis, rows, scale, paper):
     axis.set(xscale="log", ylim=(-0.02, 1.05))
 
 
+def spread_text(rows, scale):
+    """How far P* of several m are apart once divided by scale(m); "" if fewer than two are known.
+
+    rows: those of samples_vs_depth.csv."""
+    known = [row["P50"][1] / scale(row["m"]) for row in rows if row["P50"][0] == "="]
+    return f"P* within a factor of {max(known) / min(known):.3g}" if len(known) > 1 else ""
+
+
 def draw_collapse(tables):
     """The figure of collapse.png; None unless a method has several m at one depth."""
     groups = collapse_groups(tables["runs"])
@@ -438,14 +502,17 @@ def draw_collapse(tables):
         method, v, s, zipf = key
         L = rows[0]["L"]
         stars = paper_stars(method, v, s, zipf, L, tables["paper"])
+        known = group(tables["depth"], "method", "v", "s", "zipf", "L").get((*key, L), [])
 
         # P as it is, over the law of own latents, and over the method's own law or the tokens'
         _, target = parts(method)
         own = OWN_LAW.get(target, OWN_LAW["token"])
         for axis, law in zip(line, ("", "v\\,m^3", own)):
             power = LAWS[law](L) if law else 0
-            draw_ladders(axis, rows, lambda m: v * m**power if law else 1, stars)
-            axis.set_xlabel(f"$P\\,/\\,({law})$" if law else "$P$")
+            scale = (lambda m: v * m**power) if law else (lambda m: 1)
+            draw_ladders(axis, rows, scale, stars)
+            label = f"$P\\,/\\,({law})$" if law else "$P$"
+            axis.set_xlabel(f"{label}\n{spread_text(known, scale)}")
         line[0].set_title(f"{method}\n{describe(v=v, s=s, L=L, zipf=zipf)}")
         line[0].set_ylabel(f"accuracy of level {L - 1}")
         line[2].legend(loc="upper left", bbox_to_anchor=(1, 1.05))
@@ -508,8 +575,10 @@ def draw_contrast(tables):
     """The figure of contrast.png: a panel for every grammar size, a line for every target."""
     from matplotlib.ticker import LogLocator
 
-    # a contrast of 0 has no logarithm
+    # a contrast of 0 has no logarithm; shallower trees say nothing that the deepest does not
     rows = [row for row in tables["contrast"] if row["contrast"] > 0]
+    sizes = group(rows, "v", "s", "m", "zipf").values()
+    rows = [row for size in sizes for row in size if row["L"] == max(r["L"] for r in size)]
     if not rows:
         return None
     colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
@@ -540,14 +609,69 @@ def draw_contrast(tables):
 
 
 # --------------------------------------------------------------------------------------------------
+# prediction.png
+
+
+def predictions(tables):
+    """[(target, m, predicted P, measured P*)] of clustering, where rules and table are known.
+
+    Predicted is the largest P at which noise equals contrast, over the levels of the tree."""
+    needed = {}
+    for size, rows in group(tables["contrast"], "v", "s", "m", "L", "zipf", "target").items():
+        needed[size] = max(row["P_noise"] for row in rows)
+    found = []
+    for row in tables["depth"]:
+        sign, measured = row["P50"]
+        learner, target = parts(row["method"])
+        size = (*(row[name] for name in ("v", "s", "m", "L", "zipf")), target)
+        if sign == "=" and row["method"].partition(":")[1] == "" and learner == "cluster":
+            if size in needed:
+                found.append((target, row["m"], needed[size], measured))
+    return found
+
+
+def draw_prediction(tables):
+    """The figure of prediction.png: one constant for all targets, depths and m."""
+    found = predictions(tables)
+    if len(found) < 2:
+        return None
+    logs = np.log([measured / predicted for _, _, predicted, measured in found])
+    factor, error = math.exp(logs.mean()), math.exp(logs.std())
+
+    figure, axes = new_figure(1, 1, 9, 6)
+    axis, several = axes[0, 0], sorted({m for _, m, _, _ in found})
+    colours = with_spare(COLOURS, SPARE_COLOURS, [target for target, _, _, _ in found])
+    for target, m, predicted, measured in found:
+        look = {"color": colours[target], "marker": MARKERS[several.index(m) % len(MARKERS)]}
+        axis.plot(factor * predicted, measured, linestyle="", **look)
+    ends = [factor * predicted for _, _, predicted, _ in found]
+    line = [min(ends), max(ends)]
+    axis.plot(line, line, color="0.6", linewidth=1, zorder=0)
+
+    # a name for every colour, and one for every marker
+    for target in dict.fromkeys(target for target, _, _, _ in found):
+        axis.plot([], [], "s", color=colours[target], label=NAMES.get(target, target))
+    for k, m in enumerate(several):
+        axis.plot([], [], MARKERS[k % len(MARKERS)], color="0.5", label=f"m={m}")
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axis.set(xscale="log", yscale="log", ylabel="P* of cluster.py, training strings")
+    axis.set_xlabel(f"{factor:.2g} \u00d7 the P at which sampling noise equals the contrast")
+    title = f"P* from the rules alone, times one constant: right to a factor of {error:.2g}"
+    axis.set_title(f"{title}\n(one standard deviation over {len(found)} cells)")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
 # draw
 
 
 PICTURES = {
     "samples_vs_depth.png": draw_depth,
+    "methods.png": draw_methods,
     "collapse.png": draw_collapse,
     "phases.png": draw_phases,
     "contrast.png": draw_contrast,
+    "prediction.png": draw_prediction,
 }
 
 

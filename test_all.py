@@ -547,12 +547,12 @@ def test_contrast_as_a_script(tmp_path, capsys, monkeypatch):
     grammar.main()
     assert "latent" in capsys.readouterr().out
     rows = list(csv.DictReader(open(path)))
-    assert list(rows[0]) == "v s m L zipf seeds target level contrast P".split()
+    assert list(rows[0]) == "v s m L zipf seeds target level contrast P_noise".split()
     assert len(rows) == 4 * 3 and {row["seeds"] for row in rows} == {"3"}
     squares = [Grammar.random(8, 2, 3, 4, seed).contrast()["token"][2] ** 2 for seed in range(3)]
     row = next(row for row in rows if row["target"] == "token" and row["level"] == "3")
     assert float(row["contrast"]) == pytest.approx(np.mean(squares) ** 0.5, rel=1e-4)
-    assert float(row["P"]) == pytest.approx(24 / np.mean(squares), rel=1e-4)
+    assert float(row["P_noise"]) == pytest.approx(24 / np.mean(squares), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------
@@ -2110,6 +2110,48 @@ def test_collapse_is_by_each_methods_own_law_at_the_largest_depth():
         assert x == pytest.approx([1.0] * len(x)) and len(x) == (3 if i == 0 else 2)
 
 
+    # P* of m = 2 and 4, and so by how much a law is off
+    known = [row | {"method": "cluster", "m": m, "L": 4, "P50": ("=", P)}
+             for m, P in ((2, 64.0), (4, 1024.0))]
+    figure = plot.draw_collapse({"runs": runs, "depth": known, "paper": []})
+    said = [axis.get_xlabel().partition("\n")[2] for axis in figure.axes[:3]]
+    assert said == [f"P* within a factor of {factor}" for factor in (16, 2, 2)]
+
+
+def test_one_depth_is_a_line_for_each_learner_and_a_colour_for_each_target(tmp_path):
+    text = STARS + """\
+predictor,8,2,3,4,0,200,180,220,400,,,,3,
+predictor-token,8,2,3,4,0,"> 512",,,,,,,3,limited by steps
+predictor:elements=one,8,2,3,4,0,400,380,420,900,,,,3,
+"""
+    _, rows = table(tmp_path, text)
+    axis, = plot.draw_methods({"depth": rows}).axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["predictor", "predictor:elements=one"]
+    dots = [line for line in axis.lines if len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in dots] == [200, 512, 400]
+    assert dots[1].get_markerfacecolor() == "white" and dots[0].get_color() == dots[2].get_color()
+    assert [text.get_text() for text in axis.texts] == ["", "\u2192s", ""]
+    assert plot.draw_depth({"depth": rows, "runs": []}) is None
+
+
+def test_prediction_fits_one_constant(tmp_path):
+    sizes = {"v": 8, "s": 2, "m": 3, "zipf": 0.0}
+    contrast = [sizes | {"L": L, "target": target, "level": l, "P_noise": 10.0 * l}
+                for L in (3, 4) for target in ("latent", "token") for l in range(1, L)]
+    measured = {("cluster", 3): 60, ("cluster", 4): 90, ("cluster-token", 3): 60,
+                ("cluster:positions=cousins", 3): 999, ("predictor", 3): 999}
+    depth = [sizes | {"method": method, "L": L, "P50": ("=", float(P))}
+             for (method, L), P in measured.items()]
+    depth += [sizes | {"method": "cluster-token", "L": 4, "P50": (">", 999.0)}]
+    tables = {"contrast": contrast, "depth": depth}
+    # the highest level is the hardest here
+    assert plot.predictions(tables) == [
+        ("latent", 3, 20.0, 60.0), ("latent", 3, 30.0, 90.0), ("token", 3, 20.0, 60.0)]
+    axis, = plot.draw_prediction(tables).axes
+    assert axis.get_xlabel().startswith("3 \u00d7") and "factor of 1\n" in axis.get_title()
+
+
 @pytest.mark.parametrize("name, text, said", [
     ("samples_vs_depth.csv", "a,b\n1,2\n", "no table"),
     ("samples_vs_depth.csv", STARS, "no rows"),
@@ -2180,7 +2222,7 @@ def test_traces_become_one_picture(tmp_path, monkeypatch):
 def test_contrast_names_every_target_and_its_change(tmp_path):
     rows = [f"8,2,3,4,0,5,{target},{l},{0.5**(l * (target == 'token'))},9\n"
             for target in ("latent", "token", "other") for l in (1, 2, 3)]
-    header = "v,s,m,L,zipf,seeds,target,level,contrast,P\n"
+    header = "v,s,m,L,zipf,seeds,target,level,contrast,P_noise\n"
     kind, rows = table(tmp_path, header + "".join(rows), "contrast.csv")
     axis, = plot.draw_contrast({"contrast": rows}).axes
     names = [text.get_text() for text in axis.get_legend().get_texts()]
