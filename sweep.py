@@ -30,6 +30,8 @@ It writes to --out
   samples_vs_depth.png     drawn by plot.py, where matplotlib is installed
   settings.json            what the rows don't say: the settings of the sweep and the learners
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
+
+    torchrun --nproc-per-node 4 -- sweep.py --depth 2..6     processes share one sweep out
 """
 
 import difflib
@@ -46,7 +48,7 @@ import threading
 import time
 import uuid
 from argparse import ArgumentTypeError
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -185,6 +187,10 @@ def read_method(text):
 Cell = namedtuple("Cell", "method v s m L zipf")
 # one rung: the grammar.Score of what a learner made of P strings, seconds, the device's name
 Run = namedtuple("Run", "score seconds device")
+
+
+def learner_of(cell):
+    return read_method(cell.method).key
 
 
 def first_rung(cell):
@@ -385,7 +391,7 @@ def summarise(runs, caps):
 
 def row_order(cell, seed=0):
     """Sizes, then learners, then methods in the order of DEFAULT, then all others."""
-    learner = list(LEARNERS).index(read_method(cell.method).key)
+    learner = list(LEARNERS).index(learner_of(cell))
     names = [*DEFAULT, cell.method]
     return cell.v, cell.s, cell.m, cell.zipf, learner, names.index(cell.method), cell, seed
 
@@ -621,44 +627,78 @@ def seconds_left(cell, seeds, runs, cap):
     return left
 
 
-def sweep(cells, folder, cap, device, jobs, report):
+def units_of(cells, cap, rank, size):
+    """What a process climbs, in order: [(Cell, seeds)]. Learners that don't train side by side
+    have a unit for every seed. rank, size: of torchrun's processes."""
+    units = []
+    for cell, seeds in cells.items():
+        side = read_method(cell.method).learner.side
+        units += [(cell, tuple(seeds))] if side > 1 else [(cell, (seed,)) for seed in seeds]
+    if size == 1:
+        # one learner after the other, so that the quick ones can be read soon
+        learners = list(LEARNERS)
+        return sorted(units, key=lambda unit: (learners.index(learner_of(unit[0])), -unit[0].L))
+
+    # Each rank finds all shares by itself, from what the cells cost before any run: there is no
+    # connection to break or time out, and the folder is all that ranks have in common.
+    costs = {unit: seconds_left(*unit, {}, cap) for unit in units}
+    loads, mine = [0.0] * size, []
+    # the dearest first, each to the rank that has least to do
+    for unit in sorted(units, key=lambda unit: -costs[unit]):
+        least = loads.index(min(loads))
+        loads[least] += costs[unit]
+        if least == rank:
+            mine.append(unit)
+    return mine
+
+
+def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
     """Climb all ladders, in batches, in `jobs` processes of one thread each, and put every
     finished run on disk at once. cells: {Cell: seeds}. report(key) is called when all ladders of
-    a learner have come to their ends, and report(None) now and then."""
-    # one learner after the other, the deepest trees first: long work last leaves cores idle
-    learners = list(LEARNERS)
-    key_of = {cell: read_method(cell.method).key for cell in cells}
-    climbing = sorted(cells, key=lambda cell: (learners.index(key_of[cell]), -cell.L))
-    busy = {cell: set() for cell in cells}  # the rungs under way
-    running = {}                            # future -> (cell, batch)
+    a learner have come to their ends, and report(None) now and then. Of torchrun's `size`
+    processes each climbs its share, and rank 0 returns when all are done."""
+    units = units_of(cells, cap, rank, size)
+    to_climb = Counter(learner_of(cell) for cell, _ in units)
+    todo = iter(units)
+    climbing = {}                           # unit in hand -> its rungs under way
+    running = {}                            # future -> (unit, batch)
     left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=sum(left.values()), bar_format=layout, smoothing=0)
-    next_report = time.time() + 30
+    bar = tqdm(total=sum(left.values()), bar_format=layout, smoothing=0, disable=rank > 0)
+    reported, took = time.time(), 0.0       # the last report, and the seconds that it took
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
     try:
-        while climbing:
-            # keep every process at work
-            for cell in list(climbing):
+        while True:
+            # keep every process at work, first with units in hand
+            for unit in itertools.chain(list(climbing), todo):
+                cell, seeds = unit
+                busy = climbing.setdefault(unit, set())
+                batch = next_batch(cell, seeds, folder.runs, cap, busy)
+                while batch and len(running) < jobs:
+                    running[pool.submit(run_batch, cell, batch, device)] = unit, batch
+                    busy.update(batch)
+                    bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
+                    batch = next_batch(cell, seeds, folder.runs, cap, busy)
+                if not batch and not busy:  # all its ladders are climbed
+                    del climbing[unit]
+                    to_climb[learner_of(cell)] -= 1
+                    if size == 1 and to_climb[learner_of(cell)] == 0:
+                        report(learner_of(cell))
                 if len(running) >= jobs:
                     break
-                batch = next_batch(cell, cells[cell], folder.runs, cap, busy[cell])
-                while batch and len(running) < jobs:
-                    running[pool.submit(run_batch, cell, batch, device)] = cell, batch
-                    busy[cell].update(batch)
-                    bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
-                    batch = next_batch(cell, cells[cell], folder.runs, cap, busy[cell])
-                if not busy[cell]:          # all its ladders are climbed
-                    climbing.remove(cell)
-                    if all(key_of[other] != key_of[cell] for other in climbing):
-                        report(key_of[cell])
+            if not running:
+                # rank 0 waits for the others, who have runs in files of their own
+                if size == 1 or rank > 0 or not any(left.values()):
+                    break
+                time.sleep(1)
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                cell, batch = running.pop(future)
+                unit, batch = running.pop(future)
+                cell, seeds = unit
                 found = future.result()
                 folder.append(cell, found)
-                busy[cell].difference_update(batch)
+                climbing[unit].difference_update(batch)
                 # the estimate follows what the ladders turn out to need
                 left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
                 seconds = read_method(cell.method).learner.seconds
@@ -670,11 +710,14 @@ def sweep(cells, folder, cap, device, jobs, report):
                                    "counts as not recovered")
             bar.total = bar.n + sum(left.values())
             bar.refresh()
-            if time.time() > next_report:
+            # a report reads all files afresh: let that be 5 % of the time at most
+            if time.time() > reported + max(30 if running else 1, 20 * took):
                 start = time.time()
                 report(None)
-                # it reads all files afresh: let that be 5 % of the time at most
-                next_report = time.time() + max(30, 20 * (time.time() - start))
+                reported = time.time()
+                took = reported - start
+                # it has read what others did, too
+                left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
     except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
@@ -726,7 +769,7 @@ class Folder:
         except OSError as error:
             raise Refused(f"cannot be read ({error})") from None
         # runs of other settings must not stand in one table
-        used = {read_method(cell.method).key for cell, _ in self.runs} | set(keys)
+        used = {learner_of(cell) for cell, _ in self.runs} | set(keys)
         for key in ("sweep", *sorted(used)):
             for name, value in stored.get(key, {}).items():
                 here = self.settings[key].get(name)
@@ -736,10 +779,10 @@ class Folder:
     def read_settings(self):
         """What settings.json holds, {} if there is none. Raises Refused if it is not ours."""
         file = self.path / "settings.json"
-        if not file.exists():
-            for name in FILES:
-                if (self.path / name).exists():
-                    raise Refused(f"has a {name} but no settings.json that belongs to it")
+        results = [name for name in FILES if (self.path / name).exists()]
+        if not file.exists():               # looked for last, as create makes it first
+            if results:
+                raise Refused(f"has a {results[0]} but no settings.json that belongs to it")
             return {}
         try:
             stored = json.loads(file.read_bytes())
@@ -759,8 +802,9 @@ class Folder:
 
     def create(self):
         """Make the folder and its settings.json. Raises OSError."""
-        (self.path / "runs").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.write("settings.json", json.dumps(self.settings, indent=1) + "\n")
+        (self.path / "runs").mkdir(exist_ok=True)
 
     def write(self, name, text):
         write_whole(self.path / name, lambda file: file.write(text.encode()))
@@ -974,6 +1018,12 @@ def main():
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
     rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 3 or 4); "
     rows += "or any LEARNER-TARGET:SETTING=VALUE; separated by commas"
+    # torchrun says which of its processes this is: rank 0 speaks for all
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        torch.set_num_threads(1)            # as in a pool
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--depth", type=span(2, 24), default=[2, 3, 4, 5, 6],
@@ -997,9 +1047,11 @@ def main():
         parser.error(f"argument --{error}")
     device = pick_device(parser, args.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" else 1)
+    if device == "cuda" and size > 1:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" and size == 1 else 1)
     out = Path(args.out)
-    keys = {read_method(cell.method).key for cell in cells}
+    keys = {learner_of(cell) for cell in cells}
     try:
         folder = Folder(out, keys)
         folder.create()
@@ -1014,16 +1066,20 @@ def main():
 
     def report(key):
         """Write the tables, and print the rows of a learner that has finished."""
+        if rank > 0:
+            return
         try:
             measures = folder.write_tables(caps, unrun)
         except OSError:
             return  # held by another program, perhaps; the tables are made again at the end
-        rows = {row: measures[row] for row in measures if read_method(row[0].method).key == key}
+        rows = {row: measures[row] for row in measures if learner_of(row[0]) == key}
         if rows and len(keys) > 1:
             tqdm.write(printed_tables(rows, []))
 
     try:
-        sweep(cells, folder, args.max_samples, device, jobs, report)
+        sweep(cells, folder, args.max_samples, device, jobs, report, rank, size)
+        if rank > 0:
+            return
         measures = folder.write_tables(caps, unrun)
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
         # a lack of memory is a RuntimeError in torch
@@ -1042,7 +1098,8 @@ def main():
             safe = f"{out} is gone, and its runs with it"
         elif isinstance(error, Refused) or getattr(error, "errno", 0) == errno.EINVAL:
             safe = f"{count} finished runs are safe in {out}; put that right, and go on"
-        print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
+        if rank == 0 or not isinstance(error, KeyboardInterrupt):
+            print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
         raise SystemExit(code) from None
     print(printed_tables(measures, unrun))
     # timings of several devices are mixed: say so

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -1871,6 +1872,37 @@ def sweep_here(monkeypatch, capsys, out, *flags):
         code = end.code
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+def test_ranks_share_a_sweep_out_by_what_it_costs():
+    cells = {CELL._replace(L=L, method=method): range(2) for L in (3, 5) for method in ("cluster", "data2vec")}
+    alone = sweep.units_of(cells, 1024, 0, 1)
+    assert [cell.method for cell, _ in alone] == ["cluster"] * 4 + ["data2vec"] * 2
+    for size in (2, 3, 7):
+        shares = [sweep.units_of(cells, 1024, rank, size) for rank in range(size)]
+        assert sorted(sum(shares, [])) == sorted(alone)
+        costs = [[sweep.seconds_left(*unit, {}, 1024) for unit in share] for share in shares]
+        assert all(share == sorted(share, reverse=True) for share in costs)
+        # no rank has more than another by more than its own last unit, the smallest
+        assert all(sum(share) - share[-1] <= min(map(sum, costs)) for share in costs if share)
+
+
+def test_torchrun_of_a_sweep_survives_a_killed_rank(tmp_path, monkeypatch, capsys):
+    """Begun by one process, gone on with by two, of which one is killed and started again."""
+    code, table, _ = sweep_here(monkeypatch, capsys, tmp_path / "whole", *SMALL)
+    sweep_here(monkeypatch, capsys, tmp_path / "ranks", *SMALL, "--depth", "2", "--seeds", "1")
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval .1 --"
+    command = [sys.executable, *command.split(), "sweep.py", *SMALL, "--out", str(tmp_path / "ranks")]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_runs(tmp_path / "ranks", process, 3)
+    ranks = [int(pid) for file in Path("/proc").glob(f"{process.pid}/task/*/children") for pid in file.read_text().split()]
+    if ranks:  # one that ends by itself meanwhile does no harm
+        os.kill(ranks[-1], signal.SIGKILL)
+    out, said = process.communicate()
+    assert code == process.returncode == 0, said
+    assert out.startswith(table) and out.count("law\n") == table.count("law\n")  # said once, by rank 0
+    assert rows_without_seconds(tmp_path / "ranks") == rows_without_seconds(tmp_path / "whole")
+    assert len(list((tmp_path / "ranks" / "runs").glob("*.csv"))) > 3 or not ranks
 
 
 def half_learned(grammars, samples, seeds, target="latent", device="cpu"):
