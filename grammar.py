@@ -522,12 +522,16 @@ def linear_probe(features, labels, v):
     features to (..., v) scores. Solved in float64 on the CPU, whatever the device."""
     share = F.one_hot(labels.long(), v).to(features)        # (n, v)
     mean, centre = features.mean(0), share.mean(0)
-    centred = features - mean
-    gram = (centred.T @ centred / len(features)).cpu().double()
-    moment = (centred.T @ (share - centre) / len(features)).cpu().double()
+    centred, n, d = features - mean, *features.shape
+    if n < d:  # the same weights, from the products of rows: fewer equations
+        gram, moment = centred @ centred.T / n, (share - centre) / n
+    else:
+        gram, moment = centred.T @ centred / n, centred.T @ (share - centre) / n
     # without the ridge, features that are copies of each other have no solution
     ridge = RIDGE * torch.eye(len(gram), dtype=torch.float64)
-    weight = torch.linalg.solve(gram + ridge, moment).to(features)  # (d, v)
+    weight = torch.linalg.solve(gram.cpu().double() + ridge, moment.cpu().double())
+    weight = weight.to(features)
+    weight = centred.T @ weight if n < d else weight                # (d, v)
     return lambda h: (h - mean) @ weight + centre
 
 

@@ -394,6 +394,18 @@ def test_the_probe_reads_what_is_linear():
     assert torch.equal(linear_probe(features, labels, 4)(features).argmax(1), labels)
 
 
+@pytest.mark.parametrize("n, d", [(10, 40), (40, 10)])
+def test_the_probe_is_ridge_regression(n, d):
+    random = torch.Generator().manual_seed(0)
+    features, new = torch.randn(n, d, generator=random), torch.randn(5, d, generator=random)
+    labels = torch.randint(4, (n,), generator=random)
+    x, y = features.double(), F.one_hot(labels, 4).double()
+    x, y = x - x.mean(0), y - y.mean(0)
+    weight = (x.T @ x / n + grammar.RIDGE * torch.eye(d)).inverse() @ x.T @ y / n
+    expected = (new - features.mean(0)).double() @ weight + F.one_hot(labels, 4).double().mean(0)
+    assert torch.allclose(linear_probe(features, labels, 4)(new).double(), expected, atol=1e-4)
+
+
 def test_load_reads_what_save_wrote_and_arrays_from_elsewhere(tmp_path):
     g = Grammar.random(6, 3, 5, 3, seed=4, zipf=0.5)
     path = tmp_path / "one.npz"
@@ -1578,7 +1590,8 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
     """The command line on a tiny run: a table, a trace, and weights that can be loaded."""
     flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target several".split()
     flags += ["--preset", preset, "--trace", str(tmp_path / "trace.csv"), "--save", str(tmp_path / "encoder.pt")]
-    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags, "--probe-strings", "100", "--test-strings", "100", "--probe-steps", "5"])
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags, "--probe-strings", "100", "--test-strings", "100", "--probe-steps", "5",
+                                      "--probes", "2"])
     data2vec.main()
     out = capsys.readouterr().out
     assert all(text in out for text in ("level 1", "level 2", "unseen synonyms", "MLP probe", "untrained"))
@@ -1592,10 +1605,11 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
 
 def test_target_token_is_shown_beside_the_bayes_limit(monkeypatch, capsys):
     flags = "--depth 2 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target token"
-    flags += " --probe-strings 50 --test-strings 50 --probe-steps 5"
     monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
     data2vec.main()
-    last = capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    assert "on 8 fresh strings" in out  # a trial of two steps is not measured on thousands
+    last = out.splitlines()[-1]
     assert re.fullmatch("loss per hidden token [0-9.]+, exact Bayes limit [0-9.]+, unigram [0-9.]+", last)
 
 
