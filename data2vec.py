@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_memory, check_whole, choice, given_settings,
+    as_strings, check_apart, check_device, check_memory, check_whole, choice, given_settings,
     grammar_from_flags, linear_probe, new_file, open_trace, paper_preset, pick_device,
     read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
@@ -438,7 +438,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None)
     decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        groups, betas=BETAS, weight_decay=settings.decay, fused=device != "mps")
+        groups, betas=BETAS, weight_decay=settings.decay, fused=torch.device(device).type != "mps")
     pick, mask, drop = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
 
     # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights before)
@@ -597,6 +597,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
     at the end; if it exists, the runs go on from it. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError, naming the argument, if something does not fit."""
+    check_device(device)
     for seed in seeds:
         check_whole("seed", seed, 0)
     options = read_settings(SETTINGS, PRESETS, settings)
