@@ -17,6 +17,10 @@ carry it into the last map (tables in README and assets).
 
 Every weight has a leading dimension R: R runs of the same sizes are trained side by side in one
 loop, each with its own strings and seed, because a step of one small network is mostly overhead.
+
+With T = s^L tokens, d = width and B = batch, the time of a step grows as R B T d (d + hidden) and
+its memory as R B T (d + hidden). A transformer multiplies both by its layers, and its attention
+adds R B T^2 d and R B T^2 heads. P strings are P T bytes; v adds its rows of d, and m nothing.
 """
 
 from argparse import ArgumentTypeError
@@ -30,7 +34,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_memory, check_whole, choice, given_settings,
+    as_strings, check_apart, check_device, check_memory, check_whole, choice, given_settings,
     grammar_from_flags, linear_probe, new_file, open_trace, paper_preset, pick_device,
     read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
@@ -87,7 +91,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
     Setting("cooldown", real(0, 1), 0.2, 0.0, "last share of the steps, in which it falls to 0"),
-    Setting("probes", whole(1), 25, None, "how often the script measures while it trains"),
+    Setting("probes", whole(0), 25, None, "how often the script measures while it trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), 2048, None, "strings a probe is fitted on"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
@@ -434,7 +438,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None)
     decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        groups, betas=BETAS, weight_decay=settings.decay, fused=device != "mps")
+        groups, betas=BETAS, weight_decay=settings.decay, fused=torch.device(device).type != "mps")
     pick, mask, drop = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
 
     # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights before)
@@ -593,6 +597,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
     at the end; if it exists, the runs go on from it. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError, naming the argument, if something does not fit."""
+    check_device(device)
     for seed in seeds:
         check_whole("seed", seed, 0)
     options = read_settings(SETTINGS, PRESETS, settings)
@@ -847,9 +852,17 @@ def main():
     except ValueError as error:
         parser.error(f"argument --{error}")
 
+    # a trial of a few steps is measured little, or that would take longer than training
+    settings = read_settings(SETTINGS, PRESETS, given)
+    few = max(8, settings.steps * settings.batch // 32)
+    for name in ("test_strings", "probe_strings", "probe_steps"):
+        given.setdefault(name, min(few, getattr(settings, name)))
+    given.setdefault("probes", min(settings.steps // 20, settings.probes))
+
     # while it trains, measured on fewer strings
     settings, quick = (read_settings(SETTINGS, PRESETS, given) for _ in range(2))
     quick.test_strings = min(PIECE, settings.test_strings)
+    quick.probe_strings = min(PIECE, settings.probe_strings)
     shown = grammar.sample(quick.test_strings, (seed, 1), device)[0]
     x = grammar if settings.online else grammar.sample(P, seed, device)[0]
     strings = "always fresh" if settings.online else P
@@ -867,7 +880,7 @@ def main():
             nonlocal trace
             trace = trace or open_trace(args.trace, columns, step)
             bar.update(step - bar.n)
-            if step > 1 and step % max(1, settings.steps // settings.probes):
+            if not settings.probes or step % max(1, settings.steps // settings.probes):
                 return
             features = partial(encode, teacher)
             unseen = unseen_synonyms(features, grammar, seed, quick, device)[0]

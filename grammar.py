@@ -130,8 +130,10 @@ class Grammar:
         Returns levels, L+1 uint8 tensors on device, levels[l] of shape (P, s^(L-l)):
         levels[0] are the strings, levels[L] the root labels. Same seed, same strings on
         every device, and the first P of a larger sample are the smaller one.
-        Raises ValueError if P < 1 or too large, or without names no rule, or the only."""
+        Raises ValueError if P < 1 or too large, or without names no rule, or the only, or
+        if this machine has no such device."""
         check_whole("samples", P, 1)
+        check_device(device)
         v, s, m, L = self.v, self.s, self.m, self.L
         check_memory("samples", strings_bytes(P, s, L), "the strings")
         rules = [rule.flatten(0, 1).numpy().copy() for rule in self.rules]  # (v m, s) each
@@ -522,12 +524,16 @@ def linear_probe(features, labels, v):
     features to (..., v) scores. Solved in float64 on the CPU, whatever the device."""
     share = F.one_hot(labels.long(), v).to(features)        # (n, v)
     mean, centre = features.mean(0), share.mean(0)
-    centred = features - mean
-    gram = (centred.T @ centred / len(features)).cpu().double()
-    moment = (centred.T @ (share - centre) / len(features)).cpu().double()
+    centred, n, d = features - mean, *features.shape
+    if n < d:  # the same weights, from the products of rows: fewer equations
+        gram, moment = centred @ centred.T / n, (share - centre) / n
+    else:
+        gram, moment = centred.T @ centred / n, centred.T @ (share - centre) / n
     # without the ridge, features that are copies of each other have no solution
     ridge = RIDGE * torch.eye(len(gram), dtype=torch.float64)
-    weight = torch.linalg.solve(gram + ridge, moment).to(features)  # (d, v)
+    weight = torch.linalg.solve(gram.cpu().double() + ridge, moment.cpu().double())
+    weight = weight.to(features)
+    weight = centred.T @ weight if n < d else weight                # (d, v)
     return lambda h: (h - mean) @ weight + centre
 
 
@@ -869,17 +875,25 @@ def grammar_from_flags(parser, args):
         parser.error(f"argument --{error}")
 
 
-def pick_device(parser, name):
-    """auto, cpu, cuda, cuda:N or mps -> a device's name; a missing one ends the script."""
+def check_device(device):
+    """Raise ValueError, naming device, unless this machine has it."""
     there = ["cpu"]
     if torch.cuda.is_available():
         there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
-        there.append("mps")
+        there += ["mps", "mps:0"]
+    if str(device) not in there:
+        raise ValueError(f"device: must be {' or '.join(there)} on this machine")
+
+
+def pick_device(parser, name):
+    """auto, cpu, cuda, cuda:N or mps -> a device's name; a missing one ends the script."""
     if name == "auto":  # never mps, which we have not tried
-        return "cuda" if "cuda" in there else "cpu"
-    if name not in there:
-        parser.error(f"argument --device: must be auto, {' or '.join(there)} on this machine")
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        check_device(name)
+    except ValueError as error:
+        parser.error(f"argument --{error}, or auto")
     return name
 
 

@@ -20,6 +20,10 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
 The paper's exact losses are not public: what we chose is said where it is done. R runs train
 side by side, and on one CPU thread a run is the same to the byte whichever runs stand beside it
 (where widths and batch are multiples of 16, as at v=8). Tables are in README and assets.
+
+With B = batch, module l holds R B s^(L-l-1) phi of s^3 d_h numbers, s^(l+3) d_h for tokens: the
+memory of a step grows as R B s^(L+2) d_h, L times that for tokens, and its time as hidden times
+that. k-means adds R L B^2 v. B and d_h are of order v; P strings are P s^L bytes, and m is free.
 """
 
 import copy
@@ -62,6 +66,8 @@ SETTINGS = (
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
     Setting("gate", real(0, 1), 0.1, 0.0, "gain at which a clusterer learns fully; 0: no gate"),
+    Setting("probes", whole(1), 80, None, "how often the script measures while it trains"),
+    Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
 # upgrad needs a package that is not among our requirements, so it has to be asked for by name
 PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
@@ -69,7 +75,8 @@ PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
 STARTS, TRIALS, ROUNDS = 4, 4, 5  # of k-means; trials are the candidates for a new seed
 BLOCK = 100                       # steps whose random numbers are drawn at once
 MOMENTUM = 0.1                    # share of a batch in the running mean and variance
-CHUNK_TOKENS = 2**16              # tokens that are encoded at once
+CHUNK_TOKENS = 2**16              # tokens that are encoded at once, at most
+CHUNK_NUMBERS = 2**24             # of phi, that come of them
 
 
 # --------------------------------------------------------------------------------------------------
@@ -551,7 +558,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     """Raise ValueError, naming the flag, if a run of these sizes would need too much memory."""
     options = read_options(v, target, settings)
     hidden, d, batch = options.hidden, options.codes, options.batch
-    check_memory("depth", strings_bytes(TEST_STRINGS, s, L), "the test strings")
+    check_memory("depth", strings_bytes(options.test_strings, s, L), "the test strings")
     check_memory("samples", strings_bytes(P, s, L), "the strings")
     weights, numbers = 0, 6 * (L - 1) * (2 * batch) ** 2     # the table of pairs, to begin with
     for l, heads in enumerate(heads_of(target, options.elements, s, L)):
@@ -588,8 +595,12 @@ class Predictor:
         if L != self.L:
             raise ValueError(f"x: must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
         x = x.to(next(self.network.parameters()).device)
-        chunks = x.split(CHUNK_TOKENS // self.s**L + 1)
-        parts = [self.network(some[None])[1][1:] for some in chunks]
+        # of a string, phi is largest on some level l, where it has s^(L-l-1) tuples
+        sizes, T = self.network.sizes, self.s**L
+        tuples = [T // self.s ** (l + 1) for l in range(L - 1)]
+        largest = max(n * math.prod(shape) for n, shape in zip(tuples, sizes["heads"]))
+        chunk = min(CHUNK_TOKENS // T, CHUNK_NUMBERS // (largest * sizes["d"])) + 1
+        parts = [self.network(some[None])[1][1:] for some in x.split(chunk)]
         return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
@@ -623,31 +634,29 @@ def load(file):
 
 
 def score(learned, levels, truth):
-    """([accuracy], [symbols in use]) of the levels 1..L of fresh strings.
+    """([accuracy], [symbols in use], below) of the levels 1..L of fresh strings.
 
     levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
     codes as well as can be; a symbol in use is that of 1 in 1000 tuples or more. The root is
-    read by the paper's linear probe of the final code, trained on the training strings."""
+    read by the paper's linear probe of the final code, trained on the training strings. below:
+    the accuracy of that probe on level L-1 (fig. 3 right), at each node from its final code.
+    Where d_h >= v m it can read tuples that were never merged; a matching can't."""
     right, in_use = [], []
-    for labels, symbols in zip(learned.label(truth[0])[1:], truth[1:]):
+    known, codes = learned.codes(levels[0])[-1], learned.codes(truth[0])
+    for code, symbols in zip(codes, truth[1:]):
+        labels = code.argmax(-1)
         right.append(accuracy(labels, symbols, learned.v))
         share = labels.flatten().bincount() / labels.numel()
         in_use.append(int((share >= 1e-3).sum()))
 
-    known, fresh = learned.codes(levels[0])[-1], learned.codes(truth[0])[-1]     # (P, s, d)
+    fresh = codes[-1]                                                            # (P, s, d)
     read = linear_probe(known.flatten(1), levels[-1][:, 0], learned.v)
     root = read(fresh.flatten(1)).argmax(-1)                                     # (P,)
     right.append((root == truth[-1][:, 0]).float().mean().item())
     in_use.append(len(root.unique()))
-    return right, in_use
-
-
-def probe_below(learned, levels, truth):
-    """Accuracy of the paper's linear probe of level L-1 (fig. 3 right), at each node from its final
-    code. Where d_h >= v m it can read tuples that were never merged; a matching can't."""
-    known, fresh = learned.codes(levels[0])[-1], learned.codes(truth[0])[-1]     # (P, s, d)
     read = linear_probe(known.flatten(0, 1), levels[-2].flatten(), learned.v)
-    return (read(fresh).argmax(-1) == truth[-2]).float().mean().item()
+    below = (read(fresh).argmax(-1) == truth[-2]).float().mean().item()
+    return right, in_use, below
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
@@ -656,6 +665,7 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     All grammars have the same v, s, m, L. Returns a Score of the levels 1..L for each run;
     its floor is the same network, untrained."""
     v, s = grammars[0].v, grammars[0].s
+    tested = read_options(v, target, settings).test_strings
     known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
     xs = [levels[0] for levels in known]
     learned = fit_many(xs, v, s, target, seeds, **settings)
@@ -668,9 +678,9 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
         if run.diverged:
             scores.append(Score([0.0] * run.L, [True] * run.L, None, run.diverged))
             continue
-        truth = grammar.sample(TEST_STRINGS, (seed, 1), device)
-        right, in_use = score(run, levels, truth)
-        floor, _ = score(before, levels, truth)
+        truth = grammar.sample(tested, (seed, 1), device)
+        right, in_use, _ = score(run, levels, truth)
+        floor = score(before, levels, truth)[0]
         scores.append(Score(right, [n < v for n in in_use], floor))
     return scores
 
@@ -697,7 +707,8 @@ def main():
         parser.error(f"argument --{error}")
 
     levels = grammar.sample(P, args.seed, device)
-    truth = grammar.sample(TEST_STRINGS, (args.seed, 1), device)
+    options = read_options(v, args.target, settings)
+    truth = grammar.sample(options.test_strings, (args.seed, 1), device)
     columns = ["step", *(f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction"))]
     trace = None
     with tqdm(unit="step") as bar:
@@ -707,7 +718,7 @@ def main():
             trace = trace or open_trace(args.trace, columns, step)
             bar.total = steps
             bar.update(step - bar.n)
-            if step % max(1, steps // 80) and step != steps:
+            if step % max(1, steps // options.probes) and step != steps:
                 return
             labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
             right = [accuracy(labels[l], truth[l][:256], v) for l in range(1, L)]
@@ -728,10 +739,10 @@ def main():
 
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(f"{learned}\n\nlevel   accuracy   symbols in use (of {v})")
-    for l, (right, in_use) in enumerate(zip(*score(learned, levels, truth)), 1):
+    *scores, below = score(learned, levels, truth)
+    for l, (right, in_use) in enumerate(zip(*scores), 1):
         mark = "   by a linear probe of the code" if l == L else ""
         print(f"{l:5}   {right:8.3f}   {in_use:22}{mark}")
-    below = probe_below(learned, levels, truth)
     print(f"{L - 1:5}   {below:8.3f}{'':25}   by a linear probe of the code")
 
 

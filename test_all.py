@@ -395,6 +395,28 @@ def test_the_probe_reads_what_is_linear():
     assert torch.equal(linear_probe(features, labels, 4)(features).argmax(1), labels)
 
 
+@pytest.mark.parametrize("n, d", [(10, 40), (40, 10)])
+def test_the_probe_is_ridge_regression(n, d):
+    random = torch.Generator().manual_seed(0)
+    features, new = torch.randn(n, d, generator=random), torch.randn(5, d, generator=random)
+    labels = torch.randint(4, (n,), generator=random)
+    x, y = features.double(), F.one_hot(labels, 4).double()
+    x, y = x - x.mean(0), y - y.mean(0)
+    weight = (x.T @ x / n + grammar.RIDGE * torch.eye(d)).inverse() @ x.T @ y / n
+    expected = (new - features.mean(0)).double() @ weight + F.one_hot(labels, 4).double().mean(0)
+    assert torch.allclose(linear_probe(features, labels, 4)(new).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "", 7])
+def test_a_device_that_is_not_there_is_one_line(device):
+    g = Grammar.random(4, 2, 2, 2, 0)
+    small = {"samples": [10], "seeds": [0], "device": device}
+    for work in (lambda: g.sample(10, 0, device), lambda: data2vec.fit(g, 4, 2, device=device),
+                 *(lambda learner=learner: learner.recover([g], **small) for learner in (cluster, predictor, data2vec))):
+        with pytest.raises(ValueError, match="^device: must be cpu.* on this machine$"):
+            work()
+
+
 def test_load_reads_what_save_wrote_and_arrays_from_elsewhere(tmp_path):
     g = Grammar.random(6, 3, 5, 3, seed=4, zipf=0.5)
     path = tmp_path / "one.npz"
@@ -1579,7 +1601,8 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
     """The command line on a tiny run: a table, a trace, and weights that can be loaded."""
     flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target several".split()
     flags += ["--preset", preset, "--trace", str(tmp_path / "trace.csv"), "--save", str(tmp_path / "encoder.pt")]
-    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags, "--probe-strings", "100", "--test-strings", "100", "--probe-steps", "5"])
+    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags, "--probe-strings", "100", "--test-strings", "100", "--probe-steps", "5",
+                                      "--probes", "2"])
     data2vec.main()
     out = capsys.readouterr().out
     assert all(text in out for text in ("level 1", "level 2", "unseen synonyms", "MLP probe", "untrained"))
@@ -1593,10 +1616,11 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
 
 def test_target_token_is_shown_beside_the_bayes_limit(monkeypatch, capsys):
     flags = "--depth 2 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target token"
-    flags += " --probe-strings 50 --test-strings 50 --probe-steps 5"
     monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
     data2vec.main()
-    last = capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    assert "on 8 fresh strings" in out  # a trial of two steps is not measured on thousands
+    last = out.splitlines()[-1]
     assert re.fullmatch("loss per hidden token [0-9.]+, exact Bayes limit [0-9.]+, unigram [0-9.]+", last)
 
 
@@ -1686,6 +1710,63 @@ def test_it_learns():
         score = data2vec.recover([g], [1024], [100], target, steps=400, cooldown=0.25, **small)[0]
         assert score.floor[0] < 0.4 and score.accuracy[0] > 0.6
 
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA against the CPU: python -m pytest test_all.py -k cuda -rs
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@cuda
+def test_cuda_samples_counts_and_probes_as_the_cpu():
+    g = Grammar.random(8, 2, 3, 3, 0)
+    x, there = g.sample(2048, 0), g.sample(2048, 0, "cuda")
+    assert all(torch.equal(h, k.cpu()) for h, k in zip(x, there)) and there[0].is_cuda
+    assert all(torch.equal(h, k.cpu()) for h, k in zip(g.parse(x[0]), g.parse(there[0])))
+    maps = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
+    scores = linear_probe(maps, x[3][:, 0], 8)(maps)
+    assert torch.allclose(linear_probe(maps.cuda(), there[3][:, 0], 8)(maps.cuda()).cpu(), scores, atol=1e-4)
+    for target in cluster.TARGETS:
+        here, there = (cluster.recover([g], [4096], [0], target, device)[0] for device in ("cpu", "cuda"))
+        assert np.allclose(here.accuracy, there.accuracy, atol=0.02)
+
+
+@cuda
+@pytest.mark.parametrize("target", predictor.TARGETS)
+def test_cuda_trains_the_predictor_as_the_cpu(target):
+    """Its random numbers are drawn on the CPU: the same steps, but for rounding."""
+    x, losses = Grammar.random(8, 2, 3, 3, 0).sample(512, 0)[0], []
+    for strings in (x, x.cuda()):
+        predictor.fit(strings, 8, 2, target, 0, lambda *now: losses.append(now[3].cpu()), steps=10)
+    assert torch.allclose(torch.stack(losses[:10]), torch.stack(losses[10:]), rtol=1e-2)
+
+
+@cuda
+@both
+def test_cuda_encodes_and_measures_as_the_cpu(preset):
+    """Strings and masks of a step are drawn on the device, so that only what follows can be compared."""
+    g, small = Grammar.random(8, 2, 3, 3, 0), {"probe_strings": 512, "test_strings": 512, "probe_steps": 50}
+    model = data2vec.fit(g, 8, 2, **{**TINY[preset], **small, "steps": 20})
+    here = data2vec.measure([model], [g], [0])[0]
+    model.encoder.cuda(), model.untrained.cuda()
+    there = data2vec.measure([model], [g], [0], "cuda")[0]
+    assert np.allclose(here.accuracy, there.accuracy, atol=0.02) and np.allclose(here.floor, there.floor, atol=0.02)
+
+
+@cuda
+@both
+@every_target
+def test_cuda_trains_data2vec(preset, target, tmp_path):
+    """Losses fall, a run depends on its seed alone, and goes on from a checkpoint."""
+    g, losses = Grammar.random(8, 2, 3, 3, 0), []
+    settings = {**TINY[preset], "steps": 60, "batch": 64}
+    run = lambda **more: data2vec.fit(g, 8, 2, target, 0, **more, device="cuda", **settings)  # noqa: E731
+    model = run(watch=lambda step, loss, teacher: losses.append(loss.item()), resume=tmp_path / "run")
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    for again in (run(), run(resume=tmp_path / "run")):
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(weights(model), weights(again)))
 
 
 # ----------------------------------------------------------------------------------------
