@@ -615,15 +615,33 @@ def next_batch(cell, seeds, runs, cap, busy):
     return sorted(batch)[: math.ceil(len(batch) / batches)]
 
 
+def guess(cell, P):
+    """Seconds that a run may take on one core, before any is timed."""
+    method = read_method(cell.method)
+    seconds = method.learner.seconds(cell.s**cell.L, P)
+    sees = method.learner.sees
+    if sees:                                # a network with more steps takes longer
+        usual = read_method(method.key).settings
+        seconds *= sees(cell.v, method.settings) / sees(cell.v, usual)
+    return seconds
+
+
 def seconds_left(cell, seeds, runs, cap):
-    """A guess at the core seconds until a cell's ladders are climbed: each has five rungs, and
-    one more if it has reached them."""
-    seconds = read_method(cell.method).learner.seconds
+    """A guess at the core seconds until a cell's ladders are climbed. They are expected to end
+    where the first of them has ended, and before that, at 8 times the P* of theory."""
+    ladders = [climb(cell, runs.get((cell, seed), {}), cap) for seed in seeds]
+    ends = [climbed[-1] for climbed, P, _ in ladders if P is None]
+    grows = GROWTH.get(read_method(cell.method).target) == "m"
+    theory = cell.v * cell.m ** (cell.L + 1 if grows else 3)
+    end = min(max(ends, default=8 * theory), cap, last_rung(cell)[0])
     left = 0.0
-    for seed in seeds:
-        climbed, P, _ = climb(cell, runs.get((cell, seed), {}), cap)
-        if P is not None:
-            left += max(1, 5 - len(climbed)) * seconds(cell.s**cell.L, P)
+    for _, P, _ in ladders:
+        if P is None:
+            continue
+        left += guess(cell, P)
+        while P * RUNG <= end:
+            P *= RUNG
+            left += guess(cell, P)
     return left
 
 
@@ -664,8 +682,10 @@ def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
     running = {}                            # future -> (unit, batch)
     left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=sum(left.values()), bar_format=layout, smoothing=0, disable=rank > 0)
-    reported, took = time.time(), 0.0       # the last report, and the seconds that it took
+    bar = tqdm(total=1, bar_format=layout, smoothing=0, disable=rank > 0)
+    measured = {}                           # method -> [seconds, guessed seconds] of its runs
+    began = time.time()
+    reported, took = began, 0.0             # the last report, and the seconds that it took
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
@@ -699,16 +719,22 @@ def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
                 found = future.result()
                 folder.append(cell, found)
                 climbing[unit].difference_update(batch)
-                # the estimate follows what the ladders turn out to need
                 left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
-                seconds = read_method(cell.method).learner.seconds
+                times = measured.setdefault(cell.method, [0.0, 0.0])
                 for (P, seed), run in found.items():
-                    bar.n += seconds(cell.s**cell.L, P)
+                    times[0] += run.seconds
+                    times[1] += guess(cell, P)
                     if run.score.diverged:
                         where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
                         tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
                                    "counts as not recovered")
-            bar.total = bar.n + sum(left.values())
+            # the estimate follows what ladders and runs turn out to need
+            seconds = 0.0
+            for cell in cells:
+                spent, guessed = measured.get(cell.method, (1, 1))
+                seconds += left[cell] * spent / guessed
+            bar.n = time.time() - began     # so that the bar's unit is a second, too
+            bar.total = bar.n + seconds / (jobs * size)
             bar.refresh()
             # a report reads all files afresh: let that be 5 % of the time at most
             if time.time() > reported + max(30 if running else 1, 20 * took):

@@ -1715,6 +1715,24 @@ def sweep_here(monkeypatch, capsys, out, *flags):
     return code, said.out, said.err
 
 
+def test_the_time_left_counts_the_rungs_that_are_expected(monkeypatch):
+    monkeypatch.setitem(sweep.LEARNERS, "cluster", sweep.LEARNERS["cluster"]._replace(seconds=lambda tokens, P: 1.0))
+    sweep.read_method.cache_clear()
+    deep, longer = CELL._replace(method="cluster-token", L=5), CELL._replace(method="data2vec:steps=10000")
+    try:
+        # rungs from 4 to 8 v m^3 = 1728, or v m^(L+1), or the cap
+        assert [sweep.seconds_left(CELL, (0, 1), {}, cap) for cap in (2**20, 100)] == [2 * 9, 2 * 5]
+        assert sweep.seconds_left(deep, (0,), {}, 2**20) == 14
+        # one has ended at 64: the others are expected to
+        ended = {(CELL, 0): a_ladder([0.2, 0.5, 0.9, 1.0, 1.0])}
+        assert sweep.seconds_left(CELL, (0, 1), ended, 2**20) == 5
+        beyond = ended | {(CELL, 1): a_ladder([0.2] * 7)}  # but for one that has not, one rung at least
+        assert sweep.seconds_left(CELL, (0, 1), beyond, 2**20) == 1
+        assert sweep.guess(longer, 64) == 2 * sweep.guess(CELL._replace(method="data2vec"), 64)
+    finally:
+        sweep.read_method.cache_clear()
+
+
 def test_ranks_share_a_sweep_out_by_what_it_costs():
     cells = {CELL._replace(L=L, method=method): range(2) for L in (3, 5) for method in ("cluster", "data2vec")}
     alone = sweep.units_of(cells, 1024, 0, 1)
