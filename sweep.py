@@ -35,7 +35,6 @@ Stop it at any time: the same command continues. Any number of sweeps may share 
 """
 
 import difflib
-import errno
 import itertools
 import json
 import math
@@ -451,15 +450,12 @@ def table_row(cell, measures):
             row[prefix + "P50_hi"] = f"{found.interval[1]:.0f}"
         if found.floor is not None:
             row[prefix + "floor"] = f"{found.floor:.3f}"
-    found = measures.get((cell, "tree"))
-    if found:
-        mean, sign = mean_star(found.P50)
-        if sign == 0:
-            row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
-        row["P90"] = star_text(found.P90)
-        row["seeds"] = len(found.P50)
-        row["censored"] = found.censored
-        row["status"] = found.status
+        if part == "tree":
+            row |= {"P90": star_text(found.P90), "seeds": len(found.P50)}
+            row |= {"censored": found.censored, "status": found.status}
+            mean, sign = mean_star(found.P50)
+            if sign == 0:
+                row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
     return row
 
 
@@ -518,12 +514,8 @@ def printed_tables(measures, unrun):
     lines += [f"{sign}  {status}" for status, sign in STATUS.items() if sign and status in used]
     if any(found.untrained for found in measures.values()):
         lines.append("!  untrained above 0.5")
-    missing = {}  # method -> its depths
-    for cell in unrun:
-        missing.setdefault(cell.method, set()).add(str(cell.L))
-    for depths in sorted(set(map(tuple, map(sorted, missing.values())))):
-        methods = ",".join(name for name in missing if sorted(missing[name]) == list(depths))
-        lines.append(f"-  not run: --methods {methods} --depth {','.join(depths)}")
+    if unrun:
+        lines.append(f"-  not run: --methods {unrun[-1].method} --depth {unrun[-1].L} runs the last")
     return "\n".join(lines)
 
 
@@ -1040,6 +1032,20 @@ def draw(out):
         print(f"no picture: {reason.splitlines()[0]}")
 
 
+def what_ended(error):
+    """What ended a sweep from outside, and the exit code. A fault of ours is raised again."""
+    line = str(error) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", 1 if error.args else 130  # SIGTERM comes with its name
+    if isinstance(error, BrokenProcessPool):
+        return "a worker was killed, perhaps for want of memory (try --jobs 1)", 1
+    if isinstance(error, RuntimeError):     # of torch, for a lack of memory
+        if "memory" not in line:
+            raise error
+        return f"out of memory (try --jobs 1): {line.splitlines()[0][:80]}", 1
+    return line, 1
+
+
 def main():
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
     rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 3 or 4); "
@@ -1108,23 +1114,13 @@ def main():
             return
         measures = folder.write_tables(caps, unrun)
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
-        # a lack of memory is a RuntimeError in torch
-        failure, code = str(error) or type(error).__name__, 1
-        if isinstance(error, KeyboardInterrupt):
-            failure, code = "stopped", 1 if error.args else 130  # SIGTERM comes with its name
-        elif isinstance(error, BrokenProcessPool):
-            failure = "a worker was killed, perhaps for want of memory (try --jobs 1)"
-        elif isinstance(error, RuntimeError):
-            if "memory" not in failure:
-                raise
-            failure = f"out of memory (try --jobs 1): {failure.splitlines()[0][:80]}"
-        count = sum(map(len, folder.runs.values()))
-        safe = f"{count} finished runs are safe in {out}, the same command continues"
-        if not folder.file.parent.is_dir():
-            safe = f"{out} is gone, and its runs with it"
-        elif isinstance(error, Refused) or getattr(error, "errno", 0) == errno.EINVAL:
-            safe = f"{count} finished runs are safe in {out}; put that right, and go on"
-        if rank == 0 or not isinstance(error, KeyboardInterrupt):
+        failure, code = what_ended(error)
+        safe = f"{out} is gone, and its runs with it"
+        if folder.file.parent.is_dir():
+            count = sum(map(len, folder.runs.values()))
+            safe = f"{count} finished runs are safe in {out}, the same command continues"
+        # all ranks are stopped at once
+        if rank == 0 or failure != "stopped":
             print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
         raise SystemExit(code) from None
     print(printed_tables(measures, unrun))
