@@ -1847,7 +1847,7 @@ def test_folders_of_the_old_form_and_of_other_devices_are_read(tmp_path, monkeyp
     (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "m must"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
     (NEW.replace("2,4,3,0", "2,4,1,0"), MINE, "line 2"), (NEW.replace("0.5", "1.5"), MINE, "line 2"),
     (NEW.replace("cuda:1", "toaster"), MINE, "toaster"), (NEW.replace(",8,0,1,", ",8,0,4,"), MINE, "line 2"),
-    (NEW + "cluster,8,2,4,3,0,16,0,2,.5,,1,cpu,\ncluster,8,2,4,3,0,32,0,2,.5,,1,cpu,\n", MINE, "line 5"),
+    (NEW + "cluster,8,2,4,3,0,16,0,2,.5,,1,cpu,\ncluster,8,2,4,3,0,32,0,2,.5,,1,cpu,\n", MINE, "line 4 is not whole"),
     (NEW, None, "settings.json"), (NEW, "{", "settings.json"), (NEW, "[1]", "settings.json"), (NEW, '"abc"', "settings"),
     (NEW, '{"name": "my-app"}', "settings.json"), (NEW, "[" * 100000, "settings.json"), (NEW, '{"sweep": 7}', "settings"),
     (NEW, MINE.replace('"rung": 2', '"rung": 3'), "rung"), (NEW, MINE.replace("64", "65"), "restarts"),
