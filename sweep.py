@@ -6,6 +6,7 @@ Learners x targets x depths.
     python sweep.py --depth 5 --methods data2vec        a cell that it leaves out
     python sweep.py --depth 4 --m 3..6 --methods cluster,cluster-joint --out out/m
     python sweep.py --methods data2vec-token:mask=0.15:steps=8000
+    torchrun --nproc-per-node 4 -- sweep.py --depth 2..6    processes share one sweep
 
 A method is a learner, after a dash its target (own latents if there is none), and after
 colons any of the learner's settings. Every method has rows of its own.
@@ -30,12 +31,9 @@ It writes to --out
   samples_vs_depth.png     drawn by plot.py, where matplotlib is installed
   settings.json            what the rows don't say: the settings of the sweep and the learners
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
-
-    torchrun --nproc-per-node 4 -- sweep.py --depth 2..6     processes share one sweep out
 """
 
 import difflib
-import errno
 import itertools
 import json
 import math
@@ -341,7 +339,6 @@ class Measure(NamedTuple):
     censored: int    # seeds with a P50 beyond their ladders
     floor: float     # mean accuracy before any training; None if not reported
     status: str      # of STATUS, "" if P50 is no bound
-    untrained: bool  # True if the floor is so high that P50 says little
 
 
 def measure(cell, ladders, level, cap):
@@ -369,7 +366,7 @@ def measure(cell, ladders, level, cap):
     censored = sum(sign != 0 for _, sign in P50)
     floor = sum(floors) / len(floors) if floors else None
     status = next((status for status in STATUS if status in bounds), "")
-    return Measure(P50, P90, interval(P50), censored, floor, status, bool(floors) and floor > 0.5)
+    return Measure(P50, P90, interval(P50), censored, floor, status)
 
 
 def summarise(runs, caps):
@@ -406,7 +403,7 @@ def star_text(stars):
 def short_text(found):
     """A cell of the printed table."""
     text = star_text(found.P50).replace(" ", "") + STATUS.get(found.status, "")
-    return text + "!" if found.untrained else text
+    return text + "!" if found.floor and found.floor > 0.5 else text  # says little
 
 
 def long_text(found):
@@ -451,15 +448,12 @@ def table_row(cell, measures):
             row[prefix + "P50_hi"] = f"{found.interval[1]:.0f}"
         if found.floor is not None:
             row[prefix + "floor"] = f"{found.floor:.3f}"
-    found = measures.get((cell, "tree"))
-    if found:
-        mean, sign = mean_star(found.P50)
-        if sign == 0:
-            row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
-        row["P90"] = star_text(found.P90)
-        row["seeds"] = len(found.P50)
-        row["censored"] = found.censored
-        row["status"] = found.status
+        if part == "tree":
+            row |= {"P90": star_text(found.P90), "seeds": len(found.P50)}
+            row |= {"censored": found.censored, "status": found.status}
+            mean, sign = mean_star(found.P50)
+            if sign == 0:
+                row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
     return row
 
 
@@ -516,14 +510,11 @@ def printed_tables(measures, unrun):
     # only the marks that stand above are explained
     used = {found.status for found in measures.values()}
     lines += [f"{sign}  {status}" for status, sign in STATUS.items() if sign and status in used]
-    if any(found.untrained for found in measures.values()):
+    if any(found.floor and found.floor > 0.5 for found in measures.values()):
         lines.append("!  untrained above 0.5")
-    missing = {}  # method -> its depths
-    for cell in unrun:
-        missing.setdefault(cell.method, set()).add(str(cell.L))
-    for depths in sorted(set(map(tuple, map(sorted, missing.values())))):
-        methods = ",".join(name for name in missing if sorted(missing[name]) == list(depths))
-        lines.append(f"-  not run: --methods {methods} --depth {','.join(depths)}")
+    if unrun:
+        last = unrun[-1]
+        lines.append(f"-  not run: --methods {last.method} --depth {last.L} runs the last one")
     return "\n".join(lines)
 
 
@@ -615,15 +606,33 @@ def next_batch(cell, seeds, runs, cap, busy):
     return sorted(batch)[: math.ceil(len(batch) / batches)]
 
 
+def guess(cell, P):
+    """Seconds that a run may take on one core, before any is timed."""
+    method = read_method(cell.method)
+    seconds = method.learner.seconds(cell.s**cell.L, P)
+    sees = method.learner.sees
+    if sees:                                # a network with more steps takes longer
+        usual = read_method(method.key).settings
+        seconds *= sees(cell.v, method.settings) / sees(cell.v, usual)
+    return seconds
+
+
 def seconds_left(cell, seeds, runs, cap):
-    """A guess at the core seconds until a cell's ladders are climbed: each has five rungs, and
-    one more if it has reached them."""
-    seconds = read_method(cell.method).learner.seconds
+    """A guess at the core seconds until a cell's ladders are climbed. They are expected to end
+    where the first of them has ended, and before that, at 8 times the P* of theory."""
+    ladders = [climb(cell, runs.get((cell, seed), {}), cap) for seed in seeds]
+    ends = [climbed[-1] for climbed, P, _ in ladders if P is None]
+    grows = GROWTH.get(read_method(cell.method).target) == "m"
+    theory = cell.v * cell.m ** (cell.L + 1 if grows else 3)
+    end = min(max(ends, default=8 * theory), cap, last_rung(cell)[0])
     left = 0.0
-    for seed in seeds:
-        climbed, P, _ = climb(cell, runs.get((cell, seed), {}), cap)
-        if P is not None:
-            left += max(1, 5 - len(climbed)) * seconds(cell.s**cell.L, P)
+    for _, P, _ in ladders:
+        if P is None:
+            continue
+        left += guess(cell, P)
+        while P * RUNG <= end:
+            P *= RUNG
+            left += guess(cell, P)
     return left
 
 
@@ -664,8 +673,10 @@ def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
     running = {}                            # future -> (unit, batch)
     left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=sum(left.values()), bar_format=layout, smoothing=0, disable=rank > 0)
-    reported, took = time.time(), 0.0       # the last report, and the seconds that it took
+    bar = tqdm(total=1, bar_format=layout, smoothing=0, disable=rank > 0)
+    measured = {}                           # method -> [seconds, guessed seconds] of its runs
+    began = time.time()
+    reported, took = began, 0.0             # the last report, and the seconds that it took
     pool = OneProcess()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
@@ -699,16 +710,22 @@ def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
                 found = future.result()
                 folder.append(cell, found)
                 climbing[unit].difference_update(batch)
-                # the estimate follows what the ladders turn out to need
                 left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
-                seconds = read_method(cell.method).learner.seconds
+                times = measured.setdefault(cell.method, [0.0, 0.0])
                 for (P, seed), run in found.items():
-                    bar.n += seconds(cell.s**cell.L, P)
+                    times[0] += run.seconds
+                    times[1] += guess(cell, P)
                     if run.score.diverged:
                         where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
                         tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
                                    "counts as not recovered")
-            bar.total = bar.n + sum(left.values())
+            # what is left, as fast as runs of the same method were; the bar's unit is a second
+            seconds = 0.0
+            for cell in cells:
+                spent, guessed = measured.get(cell.method, (1, 1))
+                seconds += left[cell] * spent / guessed
+            bar.n = time.time() - began
+            bar.total = bar.n + seconds / (jobs * size)
             bar.refresh()
             # a report reads all files afresh: let that be 5 % of the time at most
             if time.time() > reported + max(30 if running else 1, 20 * took):
@@ -846,9 +863,7 @@ def rows_of(cell, P, seed, run):
     """The rows of one run, from level 1 up."""
     rows, score = [], run.score
     for i, accuracy in enumerate(score.accuracy):
-        mark = "collapsed" if score.collapsed[i] else ""
-        if score.diverged:
-            mark = f"diverged@{score.diverged}"
+        mark = f"diverged@{score.diverged}" if score.diverged else "collapsed" * score.collapsed[i]
         floor = f"{score.floor[i]:.6f}" if score.floor else ""
         values = [f"{accuracy:.6f}", floor, f"{run.seconds:.3f}", run.device, mark]
         rows.append([*cell[:5], f"{cell.zipf:g}", P, seed, i + 1, *values])
@@ -870,39 +885,33 @@ def read_runs(file):
     if columns not in (list(COLUMNS), OLD_COLUMNS):
         raise Refused(f"has a {file.name} with other columns than {','.join(COLUMNS)}")
 
-    found, last = {}, None                  # found: (Cell, seed, P) -> {level: row}
+    rows = []                               # (number of the line, (Cell, seed, P), row)
     for number, line in enumerate(lines[:-1], 2):  # the last is empty, or torn
         try:
-            run, row = read_row(columns, line)
-            # only the last run of a file can have been cut short
-            if last not in (None, run) and not is_whole(last, found[last]):
-                raise ValueError("the run before it is not whole")
+            rows.append((number, *read_row(columns, line)))
         except ValueError as error:
             reason = f"line {number} cannot be used: {error}"
             raise Refused(f"has a {file.name} whose {reason}") from None
-        found.setdefault(run, {}).setdefault(row["level"], row)
-        last = run
 
-    # a last run that was cut short will be done again
-    if last and not is_whole(last, found[last]):
-        del found[last]
     runs = {}
-    for (cell, seed, P), levels in found.items():
-        rows = [levels[level] for level in sorted(levels)]
-        accuracy = [row["accuracy"] for row in rows]
-        collapsed = [row["mark"] == "collapsed" for row in rows]
-        floor = [row["floor"] for row in rows]
-        diverged = int(rows[0]["mark"].partition("@")[2] or 0)
+    for (cell, seed, P), group in itertools.groupby(rows, key=lambda row: row[1]):
+        group = list(group)
+        levels = {row["level"]: row for _, _, row in group}
+        # all below the root have to be there; not every learner reports the root
+        if not levels.keys() >= set(range(1, cell.L)):
+            if group[-1] is rows[-1]:
+                break                       # cut short; it will be done again
+            reason = f"run that ends in line {group[-1][0]} is not whole"
+            raise Refused(f"has a {file.name} whose {reason}")
+        group = [levels[level] for level in sorted(levels)]
+        accuracy = [row["accuracy"] for row in group]
+        collapsed = [row["mark"] == "collapsed" for row in group]
+        floor = [row["floor"] for row in group]
+        diverged = int(group[0]["mark"].partition("@")[2] or 0)
         score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
-        run = Run(score, rows[0]["seconds"], rows[0]["device"])
-        runs.setdefault((cell, seed), {})[P] = run
+        run = Run(score, group[0]["seconds"], group[0]["device"])
+        runs.setdefault((cell, seed), {}).setdefault(P, run)
     return runs
-
-
-def is_whole(run, levels):
-    """True if all levels below the root are there; not every learner reports the root."""
-    cell, _, _ = run
-    return set(levels) >= set(range(1, cell.L))
 
 
 def read_row(columns, line):
@@ -983,12 +992,8 @@ def cells_from_flags(args):
         check_sizes(v, s, m, L)
         try:
             method.learner.check_size(v, s, m, L, 1, method.target, **method.given)
-        except ValueError as error:
-            # a setting is no flag of ours: it stands in the method's name
-            setting = str(error).partition(":")[0].replace("-", "_")
-            if setting in method.given:
-                raise ValueError(f"methods: {name}: {error}") from None
-            raise
+        except ValueError as error:         # it may name a setting, which is no flag of ours
+            raise ValueError(f"methods: {name}: {error}") from None
         # a ladder without a rung would be missing from the table in silence
         lowest, (highest, reason) = first_rung(cell), last_rung(cell)
         if highest < lowest:
@@ -1014,6 +1019,20 @@ def draw(out):
         print(f"no picture: {reason.splitlines()[0]}")
 
 
+def what_ended(error):
+    """What ended a sweep from outside, and the exit code. A fault of ours is raised again."""
+    line = str(error) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", 1 if error.args else 130  # SIGTERM comes with its name
+    if isinstance(error, BrokenProcessPool):
+        return "a worker was killed, perhaps for want of memory (try --jobs 1)", 1
+    if isinstance(error, RuntimeError):     # of torch, for a lack of memory
+        if "memory" not in line:
+            raise error
+        return f"out of memory (try --jobs 1): {line.splitlines()[0][:80]}", 1
+    return line, 1
+
+
 def main():
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
     rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 3 or 4); "
@@ -1036,7 +1055,8 @@ def main():
     flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1 (default 5, networks 3)")
     flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
-    flag("--jobs", type=whole(1, most_jobs), help="processes (default: one per core, one on a GPU)")
+    flag("--jobs", type=whole(1, most_jobs),
+         help="processes (default: one per core; one on a GPU or for torchrun)")
     flag("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
     try:
@@ -1046,10 +1066,14 @@ def main():
     except ValueError as error:
         parser.error(f"argument --{error}")
     device = pick_device(parser, args.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if device == "cuda" and size > 1:
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-    jobs = args.jobs or (min(cores, most_jobs) if device == "cpu" and size == 1 else 1)
+    if device == "cuda" and size > 1:       # one GPU a rank, by turns if there are fewer
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        device = f"cuda:{local % torch.cuda.device_count()}"
+    jobs = args.jobs or 1
+    if not args.jobs and device == "cpu" and size == 1:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        jobs = min(cores, most_jobs)
     out = Path(args.out)
     keys = {learner_of(cell) for cell in cells}
     try:
@@ -1082,23 +1106,13 @@ def main():
             return
         measures = folder.write_tables(caps, unrun)
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
-        # a lack of memory is a RuntimeError in torch
-        failure, code = str(error) or type(error).__name__, 1
-        if isinstance(error, KeyboardInterrupt):
-            failure, code = "stopped", 1 if error.args else 130  # SIGTERM comes with its name
-        elif isinstance(error, BrokenProcessPool):
-            failure = "a worker was killed, perhaps for want of memory (try --jobs 1)"
-        elif isinstance(error, RuntimeError):
-            if "memory" not in failure:
-                raise
-            failure = f"out of memory (try --jobs 1): {failure.splitlines()[0][:80]}"
-        count = sum(map(len, folder.runs.values()))
-        safe = f"{count} finished runs are safe in {out}, the same command continues"
-        if not folder.file.parent.is_dir():
-            safe = f"{out} is gone, and its runs with it"
-        elif isinstance(error, Refused) or getattr(error, "errno", 0) == errno.EINVAL:
-            safe = f"{count} finished runs are safe in {out}; put that right, and go on"
-        if rank == 0 or not isinstance(error, KeyboardInterrupt):
+        failure, code = what_ended(error)
+        safe = f"{out} is gone, and its runs with it"
+        if folder.file.parent.is_dir():
+            count = sum(map(len, folder.runs.values()))
+            safe = f"{count} finished runs are safe in {out}, the same command continues"
+        # all ranks are stopped at once
+        if rank == 0 or failure != "stopped":
             print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
         raise SystemExit(code) from None
     print(printed_tables(measures, unrun))

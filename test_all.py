@@ -1955,6 +1955,24 @@ def sweep_here(monkeypatch, capsys, out, *flags):
     return code, said.out, said.err
 
 
+def test_the_time_left_counts_the_rungs_that_are_expected(monkeypatch):
+    monkeypatch.setitem(sweep.LEARNERS, "cluster", sweep.LEARNERS["cluster"]._replace(seconds=lambda tokens, P: 1.0))
+    sweep.read_method.cache_clear()
+    deep, longer = CELL._replace(method="cluster-token", L=5), CELL._replace(method="data2vec:steps=10000")
+    try:
+        # rungs from 4 to 8 v m^3 = 1728, or v m^(L+1), or the cap
+        assert [sweep.seconds_left(CELL, (0, 1), {}, cap) for cap in (2**20, 100)] == [2 * 9, 2 * 5]
+        assert sweep.seconds_left(deep, (0,), {}, 2**20) == 14
+        # one has ended at 64: the others are expected to
+        ended = {(CELL, 0): a_ladder([0.2, 0.5, 0.9, 1.0, 1.0])}
+        assert sweep.seconds_left(CELL, (0, 1), ended, 2**20) == 5
+        beyond = ended | {(CELL, 1): a_ladder([0.2] * 7)}  # but for one that has not, one rung at least
+        assert sweep.seconds_left(CELL, (0, 1), beyond, 2**20) == 1
+        assert sweep.guess(longer, 64) == 2 * sweep.guess(CELL._replace(method="data2vec"), 64)
+    finally:
+        sweep.read_method.cache_clear()
+
+
 def test_ranks_share_a_sweep_out_by_what_it_costs():
     cells = {CELL._replace(L=L, method=method): range(2) for L in (3, 5) for method in ("cluster", "data2vec")}
     alone = sweep.units_of(cells, 1024, 0, 1)
@@ -2069,7 +2087,7 @@ def test_folders_of_the_old_form_and_of_other_devices_are_read(tmp_path, monkeyp
     (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "m must"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
     (NEW.replace("2,4,3,0", "2,4,1,0"), MINE, "line 2"), (NEW.replace("0.5", "1.5"), MINE, "line 2"),
     (NEW.replace("cuda:1", "toaster"), MINE, "toaster"), (NEW.replace(",8,0,1,", ",8,0,4,"), MINE, "line 2"),
-    (NEW + "cluster,8,2,4,3,0,16,0,2,.5,,1,cpu,\ncluster,8,2,4,3,0,32,0,2,.5,,1,cpu,\n", MINE, "line 5"),
+    (NEW + "cluster,8,2,4,3,0,16,0,2,.5,,1,cpu,\ncluster,8,2,4,3,0,32,0,2,.5,,1,cpu,\n", MINE, "line 4 is not whole"),
     (NEW, None, "settings.json"), (NEW, "{", "settings.json"), (NEW, "[1]", "settings.json"), (NEW, '"abc"', "settings"),
     (NEW, '{"name": "my-app"}', "settings.json"), (NEW, "[" * 100000, "settings.json"), (NEW, '{"sweep": 7}', "settings"),
     (NEW, MINE.replace('"rung": 2', '"rung": 3'), "rung"), (NEW, MINE.replace("64", "65"), "restarts"),
