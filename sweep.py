@@ -484,9 +484,9 @@ def depth_tables(measures, unrun, cell_text):
             name, law = f"{method}, root", ""
             if part == "tree":
                 name = method
-            # the theory speaks of the tree, and of the learners of the first table
-            if part == "tree" and read_method(method).key in DEFAULT:
-                law = GROWTH.get(read_method(method).target, "")
+                # the theory speaks of the tree, and of the learners of the first table
+                if read_method(method).key in DEFAULT:
+                    law = GROWTH.get(read_method(method).target, "")
             table.append([name, *texts.values(), growth, law])
         tables.append(table)
     return tables
@@ -703,6 +703,7 @@ def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
                 # rank 0 waits for the others, who have runs in files of their own
                 if size == 1 or rank > 0 or not any(left.values()):
                     break
+                bar.set_postfix_str("waiting for other ranks", False)
                 time.sleep(1)
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 unit, batch = running.pop(future)
@@ -773,18 +774,15 @@ class Folder:
 
     def __init__(self, path, keys):
         """Check the folder against this program, and read its runs. keys: of the learners that
-        the sweep will use. Changes nothing. Raises Refused."""
+        the sweep will use. Changes nothing. Raises Refused and OSError."""
         self.path = path
         self.file = path / "runs" / f"{uuid.uuid4().hex[:12]}.csv"
         self.runs = {}  # {(Cell, seed): {P: Run}}
         self.settings = {"sweep": {"format": 2, "recovered": RECOVERED, "rung": RUNG}}
         for key, learner in LEARNERS.items():
             self.settings[key] = {row.name: row.default for row in learner.settings}
-        try:
-            stored = self.read_settings()
-            self.read()
-        except OSError as error:
-            raise Refused(f"cannot be read ({error})") from None
+        stored = self.read_settings()
+        self.read()
         # runs of other settings must not stand in one table
         used = {learner_of(cell) for cell, _ in self.runs} | set(keys)
         for key in ("sweep", *sorted(used)):
@@ -1082,7 +1080,7 @@ def main():
     except Refused as error:
         parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
     except OSError as error:
-        parser.error(f"argument --out: {out} cannot be written to ({error.strerror})")
+        parser.error(f"argument --out: {out} cannot be used ({error})")
     caps = dict.fromkeys(cells, args.max_samples)
     # an earlier command may have run what this one leaves out
     there = {cell for cell, _ in folder.runs}
