@@ -12,7 +12,8 @@ The pictures, from CSV files alone. Each is written into the folder of its files
   methods.png            where a size has one depth: P* of all methods, a line for each
   collapse.png           where several m are there, at the largest depth: accuracy of level L-1
                          against P, P/(v m^3) and P over another law (the paper's figures 3, 11)
-  phases.png             when each level rises while a network is trained (figures 5, 10, 13)
+  phases.png             when each level rises while a network is trained, and from how many
+                         strings if the traces are of several P (the paper's figures 5, 10, 13)
   contrast.png           how far apart parents' contexts are on each level, for each target
   prediction.png         P* of clustering against the P at which noise equals that distance
 
@@ -144,7 +145,7 @@ def read(path):
 
     # what is not drawn is not checked; a trace has columns for every level, "unseen 3"
     kind = kinds[0]
-    checked = {*KINDS[kind], *MISSING} - {"status"}
+    checked = {*KINDS[kind], *MISSING} - {"status"} | {"v", "m", "P"} & header
     levels = [name for name in header if re.fullmatch(r"\w+ \d+", name)]
     checked |= {name for name in levels if name.split()[0] in LIMITS}
     rows = []
@@ -531,12 +532,16 @@ PHASES = {  # the columns of a trace that are drawn, and the titles of their pan
 }
 
 
-def draw_levels(axis, rows, what):
-    """One quantity against the step: a colour a level, a line a run. Runs may differ in depth."""
+def level_columns(rows, what):
+    """[(column, its style)] of one quantity, level 1 first."""
     names = {name for row in rows for name in row if name.startswith(f"{what} ")}
     names = sorted(names, key=lambda name: int(name.split()[1]))  # level 10 after level 9
-    for k, name in enumerate(names):
-        look = shade(k, len(names)) | {"markersize": 5}
+    return [(name, shade(k, len(names)) | {"markersize": 5}) for k, name in enumerate(names)]
+
+
+def draw_steps(axis, rows, what):
+    """One quantity against the step: a colour a level, a line a run. Runs may differ in depth."""
+    for name, look in level_columns(rows, what):
         axis.plot([], [], label=name.replace(what, "level"), **look)  # one name for all runs
         runs = group([row for row in rows if name in row], "file").values()
         for run in runs:
@@ -545,24 +550,42 @@ def draw_levels(axis, rows, what):
         # what an untrained network gets
         first = np.mean([run[0][name] for run in runs])
         axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
+    axis.set(xlabel="step")
+
+
+def draw_ends(axis, rows, what):
+    """The same at the last step of every run, against P / (v m^3)."""
+    last = {row["file"]: row | {"x": row["P"] / (row["v"] * row["m"] ** 3)} for row in rows}
+    for name, look in level_columns(rows, what):
+        ends = [row for row in last.values() if name in row]
+        draw_line(axis, ends, "x", name, label=name.replace(what, "level"), **look)
+    axis.set(xscale="log", xlabel="$P\\,/\\,(v\\,m^3)$, at the last step")
 
 
 def draw_phases(tables):
-    """The figure of phases.png: a row of panels for every learner that has traces."""
-    learners = [learner for learner in PHASES if tables[learner]]
-    if not learners:
+    """The figure of phases.png: a row of panels for every learner that has traces, and one more
+    if they are of several P."""
+    lines = []
+    for learner in PHASES:
+        rows = tables[learner]
+        if rows:
+            lines.append((learner, draw_steps))
+        ends = {row["file"]: row.get("P") for row in rows}
+        if len(set(ends.values())) > 1 and None not in ends.values():
+            lines.append((learner, draw_ends))
+    if not lines:
         return None
-    figure, axes = new_figure(len(learners), 2, 6.3, 4.8)
-    for line, learner in zip(axes, learners):
+    figure, axes = new_figure(len(lines), 2, 6.3, 4.8)
+    for line, (learner, draw_quantity) in zip(axes, lines):
         for axis, (what, title) in zip(line, PHASES[learner].items()):
-            draw_levels(axis, tables[learner], what)
-            axis.set(xlabel="step", title=f"{learner}: {title}")
+            draw_quantity(axis, tables[learner], what)
+            axis.set_title(f"{learner}: {title}")
         line[0].set_ylim(-0.02, 1.05)
 
         # the highest level on top, as in the tree
         handles, _ = line[1].get_legend_handles_labels()
         line[1].legend(handles=handles[::-1], loc="upper left", bbox_to_anchor=(1, 1))
-    title = "When each level is learned (a line a run; dotted: at the first step)"
+    title = "When each level is learned (a line a run; dotted: where it starts)"
     figure.suptitle(title, x=0, ha="left")
     return figure
 
