@@ -23,13 +23,18 @@ its memory as R B T (d + hidden). A transformer multiplies both by its layers, a
 adds R B T^2 d and R B T^2 heads. P strings are P T bytes; v adds its rows of d, and m nothing.
 """
 
+import os
+import sys
 from argparse import ArgumentTypeError
 from copy import deepcopy
+from datetime import timedelta
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from grammar import (
@@ -91,6 +96,8 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
     Setting("cooldown", real(0, 1), 0.2, 0.0, "last share of the steps, in which it falls to 0"),
+    Setting("bfloat16", switch, False, None, "products in bfloat16, by autocast"),
+    Setting("compile", switch, False, None, "torch.compile, which needs a compiler"),
     Setting("probes", whole(0), 25, None, "how often the script measures while it trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), 2048, None, "strings a probe is fitted on"),
@@ -200,8 +207,8 @@ class Tree(nn.Module):
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
 
-    def forward(self, x, randoms=None, ffn=False):
-        """All maps; randoms and ffn are the transformer's."""
+    def forward(self, x, drop=None, ffn=False):
+        """All maps; drop and ffn are the transformer's."""
         family = *x.shape[:2], -1, self.family                  # (R, B, parents, s d)
         # the few rows of the table are normalised instead of every token
         up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
@@ -220,12 +227,11 @@ class Tree(nn.Module):
         return maps
 
 
-def dropout(h, rate, randoms):
-    """Every run draws from its own generator; without generators nothing is dropped."""
-    if not randoms or rate == 0:
-        return h
-    draws = [torch.rand(h.shape[1:], generator=random, device=h.device) for random in randoms]
-    return h * (torch.stack(draws) >= rate) / (1 - rate)
+def dropout(h, rate, randoms, batch, own):
+    """Every run draws from its own generator, for its whole batch; h holds the own part of it."""
+    size = batch, *h.shape[2:]
+    draws = [torch.rand(size, generator=random, device=h.device) for random in randoms]
+    return h * (torch.stack(draws)[:, own] >= rate) / (1 - rate)
 
 
 class Block(nn.Module):
@@ -233,7 +239,7 @@ class Block(nn.Module):
 
     def __init__(self, R, T, settings):
         super().__init__()
-        d, self.heads, self.rate = settings.width, settings.heads, settings.dropout
+        d, self.heads = settings.width, settings.heads
         self.norm1, self.norm2 = LayerNorm(R, d), LayerNorm(R, d)
         self.qkv, self.out = Linear(R, d, 3 * d), Linear(R, d, d)
         self.ffn = TwoLayers(R, d, settings.hidden, d)
@@ -253,11 +259,11 @@ class Block(nn.Module):
         mixed = torch.bmm(scores.softmax(-1), v)                            # (R B heads, T, .)
         return self.out(mixed.view(R, B, self.heads, T, -1).transpose(2, 3).flatten(3))
 
-    def forward(self, h, randoms):
+    def forward(self, h, drop):
         """Returns the stream after the block, and the feed-forward output that was added to it."""
-        h = h + dropout(self.attend(self.norm1(h)), self.rate, randoms)
+        h = h + drop(self.attend(self.norm1(h)))
         out = self.ffn(self.norm2(h))
-        return h + dropout(out, self.rate, randoms), out
+        return h + drop(out), out
 
 
 class Transformer(nn.Module):
@@ -270,12 +276,12 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.empty(R, T, d))
         self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
-    def forward(self, x, randoms=None, ffn=False):
-        """All maps; randoms: for dropout; ffn: feed-forward outputs as maps instead."""
+    def forward(self, x, drop=nn.Identity(), ffn=False):
+        """All maps; drop: of a branch, in training; ffn: feed-forward outputs as maps instead."""
         h = look_up(self.embed, x) + self.position[:, None]     # (R, B, T, d)
         maps = []
         for block in self.blocks:
-            h, out = block(h, randoms)
+            h, out = block(h, drop)
             maps.append(out if ffn else h)
         return [layer_norm(h) for h in maps]
 
@@ -320,10 +326,10 @@ def cross_entropy(scores, tokens):
     return error.view(tokens.shape)
 
 
-def mean_where(hidden, error):
-    """(R, B, T) bool, and errors of nodes (R, B, n) -> (R,), the mean over hidden positions."""
+def sum_where(hidden, error):
+    """(R, B, T) bool, and errors of nodes (R, B, n) -> (R,), the sum over hidden positions."""
     error = pool(error[..., None], hidden.shape[2])[..., 0]  # (R, B, T)
-    return (error * hidden).sum((1, 2)) / hidden.sum((1, 2))
+    return (error * hidden).sum((1, 2))
 
 
 class Learner(nn.Module):
@@ -339,22 +345,22 @@ class Learner(nn.Module):
         self.encoder = build(R, v, s, L, settings)
         self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
 
-    def predict(self, x, hidden, randoms=None):
+    def predict(self, x, hidden, drop=nn.Identity()):
         """What every head predicts, from strings (R, B, T) with hidden tokens, (R, B, T) bool."""
-        maps = self.encoder(x.masked_fill(hidden, self.v), randoms)
+        maps = self.encoder(x.masked_fill(hidden, self.v), drop)
         own = self.target == "stacked"      # each head has a map of its own
         sources = maps[-self.K :] if own else maps[-1:] * len(self.heads)
         return [head(h) for head, h in zip(self.heads, sources)]
 
-    def forward(self, x, hidden, goals, randoms=None):
-        """The losses, (R,), at the hidden positions, against the goal of every head."""
+    def forward(self, x, hidden, goals, count, drop):
+        """The losses, (R,), against the goal of every head: sums over hidden positions / count."""
         loss = 0
-        for prediction, goal in zip(self.predict(x, hidden, randoms), goals):
+        for prediction, goal in zip(self.predict(x, hidden, drop), goals):
             if self.target == "token":
                 error = cross_entropy(prediction[..., : self.v], goal)      # (R, B, T)
             else:
                 error = smooth_l1(prediction, goal)                         # (R, B, n)
-            loss = loss + mean_where(hidden, error)
+            loss = loss + sum_where(hidden, error) / count
         return loss
 
 
@@ -395,6 +401,16 @@ def batches(xs, L, s, seeds, randoms, settings, done=0):
             yield x[i].long(), hidden[i]
 
 
+def adamw(student, decay):
+    """The optimiser, under which biases and layer norms don't decay."""
+    weights = dict(student.named_parameters())
+    constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
+    decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
+    groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
+    fused = decaying[0].device.type != "mps"
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay, fused=fused)
+
+
 def learning_rate(step, settings):
     """Rises linearly in the first steps, and falls linearly to 0 in the last ones."""
     rise = step / settings.warmup
@@ -418,8 +434,9 @@ def follow(teacher, student, ema):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
 
 
-def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None):
-    """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars.
+def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None, parallel=False):
+    """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars. parallel:
+    all processes of torch.distributed draw the same batch, and each learns from its own part.
 
     Returns (teacher, untrained, diverged): the moving average of R students, their encoders before
     training, and for every run the step whose loss or gradient was not finite, which is where it
@@ -430,44 +447,60 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None)
     initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
     teacher = deepcopy(student).requires_grad_(False)
     untrained = deepcopy(teacher.encoder)
-    see, K = partial(teacher.encoder, ffn=settings.target_from == "ffn"), student.K
+    K, ffn = student.K, settings.target_from == "ffn"
 
-    # biases and layer norms don't decay
-    weights = dict(student.named_parameters())
-    constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
-    decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
-    groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, betas=BETAS, weight_decay=settings.decay, fused=torch.device(device).type != "mps")
-    pick, mask, drop = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
+    # of several processes each has its part of every batch; the student's gradients are averaged
+    learn, see, rank, world = student, teacher.encoder, 0, 1
+    if parallel:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        learn = DistributedDataParallel(student)
+    own = slice(rank, None, world)
+    if settings.compile:
+        learn, see = torch.compile(learn), torch.compile(see)
+    kind = torch.device(device).type
+    precision = partial(torch.autocast, kind, torch.bfloat16, settings.bfloat16)
+
+    optimizer = adamw(student, settings.decay)
+    pick, mask, noise = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
+    rate, drop = settings.dropout, nn.Identity()
+    if rate:
+        drop = partial(dropout, rate=rate, randoms=noise, batch=settings.batch, own=own)
 
     # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights before)
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
     about = {"v": v, "s": s, "depth": L, "target": target, "seed": list(seeds), **vars(settings)}
-    about["device"] = torch.device(device).type
-    checkpoint = Checkpoint(resume, parts, [*pick, *mask, *drop], xs, about)
+    about["device"] = kind
+    checkpoint = Checkpoint(resume, parts, [*pick, *mask, *noise], xs, about)
     done, stopped = checkpoint.load()
 
     steps = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
     for step, (x, hidden) in enumerate(steps, done + 1):
+        count = hidden.sum((1, 2)) / world      # (R,), so that the average of all parts is the mean
+        x, hidden = x[:, own], hidden[:, own]
+
         # the teacher sees whole strings, and nothing flows back into it
-        with torch.no_grad():
+        with torch.no_grad(), precision():
             if target == "token":
                 goals = [x]                                             # (R, B, T)
-            elif target == "latent":
-                goals = [sum(pool(h, T) for h in see(x)[-K:]) / K]      # (R, B, T, d)
-            elif target == "several":
-                goals = [pool(h, T) for h in see(x)[-K:]]
-            elif target == "stacked":
-                goals = see(x)[-K:]                                     # each (R, B, n, d)
+            else:
+                goals = see(x, ffn=ffn)[-K:]                            # each (R, B, n, d)
+            if target in ("latent", "several"):
+                goals = [pool(h, T) for h in goals]                     # each (R, B, T, d)
+            if target == "latent":
+                goals = [sum(goals) / K]                                # (R, B, T, d)
 
         # the student sees the rest, and predicts what is hidden from it
-        loss = student(x, hidden, goals, drop)                          # (R,)
+        with precision():
+            loss = learn(x, hidden, goals, count, drop)                 # (R,)
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
         loss.sum().backward()
-        norm = clip_each_run(weights.values())
+        norm = clip_each_run(list(student.parameters()))
+        loss = loss.detach()
+        if parallel:
+            dist.all_reduce(loss)
+            loss /= world
 
         # a run that has diverged keeps the weights it had before this step
         for r in (~(loss + norm).isfinite()).nonzero().flatten().tolist():
@@ -480,12 +513,12 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None)
         # the teacher keeps ema of itself
         follow(teacher, student, settings.ema)
         if watch:
-            watch(step, loss.detach(), teacher.encoder)
+            watch(step, loss, teacher.encoder)
         if len(stopped) == R:
             break
         # between two draws the generators' states say all about the steps to come
         last = step == settings.steps
-        if last or step % drawn_at_once(settings, T) == 0:
+        if rank == 0 and (last or step % drawn_at_once(settings, T) == 0):
             checkpoint.save(step, stopped, last)
 
     # what diverged goes back to where it stopped
@@ -579,6 +612,22 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
 
 
+def check_speed(options, device):
+    """Raises ValueError, naming the setting, unless bfloat16 and compile work on the device."""
+    one, name = torch.ones(1, 8, 8, device=device), None
+    try:
+        if options.bfloat16:
+            name = "bfloat16"
+            with torch.autocast(one.device.type, torch.bfloat16):
+                assert torch.bmm(one, one).dtype == torch.bfloat16
+        if options.compile:
+            name = "compile"
+            torch.compile(torch.exp)(one)
+    except Exception as error:  # each compiler has its own
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name}: does not work on {device} here: {reason:.80}") from None
+
+
 def one_run(module, r):
     """A copy of run r of R."""
     alone = deepcopy(module)
@@ -588,19 +637,21 @@ def one_run(module, r):
 
 
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", resume=None,
-             **settings):
+             parallel=False, **settings):
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always fresh
     strings. seeds: one for each. watch(step, loss, teacher), if given, is called after every step
     with the R losses and the R teachers in one encoder. resume: a file, written every minute and
-    at the end; if it exists, the runs go on from it. settings: rows of SETTINGS, or preset.
+    at the end; if it exists, the runs go on from it. parallel: the processes of torch.distributed,
+    which all call this alike, share every batch. settings: rows of SETTINGS, or preset.
     A run depends on its own x and seed alone; one that diverges has .diverged = step.
     Raises ValueError, naming the argument, if something does not fit."""
     check_device(device)
     for seed in seeds:
         check_whole("seed", seed, 0)
     options = read_settings(SETTINGS, PRESETS, settings)
+    check_speed(options, device)
     runs, sizes, L, P = [], set(), 0, 1
     for x in xs:
         if isinstance(x, Grammar):
@@ -617,10 +668,12 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
         raise ValueError("x: all runs must have the same v, s and length of strings")
     if len(seeds) != len(runs):
         raise ValueError(f"seeds: must be one for each of {len(runs)} runs, not {len(seeds)}")
+    if parallel and options.batch < dist.get_world_size():
+        raise ValueError(f"batch: must be {dist.get_world_size()} or more, a string a process")
     # of anyone's strings m is not known
     check_size(v, s, 2, L, P, target, **settings)
 
-    trained = train(runs, v, s, L, target, seeds, options, device, watch, resume)
+    trained = train(runs, v, s, L, target, seeds, options, device, watch, resume, parallel)
     teacher, untrained, diverged = trained
     models = []
     for r, step in enumerate(diverged):
@@ -629,9 +682,10 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, parallel=False,
+        **settings):
     """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
-    model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
+    model = fit_many([x], v, s, target, [seed], watch, device, resume, parallel, **settings)[0]
     if model.diverged:
         lr, decay = model.settings.lr, model.settings.decay
         raise FloatingPointError(f"the loss is not finite at step {model.diverged}; "
@@ -831,6 +885,22 @@ def spread(features, x, top):
 # alone
 
 
+def join_processes(parser, device):
+    """Join the other processes of torchrun; only rank 0 prints. Returns (rank, device)."""
+    kind = torch.device(device).type
+    if kind == "mps":
+        parser.error("argument --device: must be cpu or cuda under torchrun")
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # however long rank 0 measures, the others wait
+    forever = timedelta(days=365)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=forever)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), device
+
+
 def main():
     parser = Parser(__doc__)
     add_grammar_flags(parser, m=3, samples=2048)
@@ -852,8 +922,16 @@ def main():
     except ValueError as error:
         parser.error(f"argument --{error}")
 
-    # a trial of a few steps is measured little, or that would take longer than training
+    rank, parallel = 0, "LOCAL_RANK" in os.environ  # which torchrun sets
+    if parallel:
+        rank, device = join_processes(parser, device)
+
     settings = read_settings(SETTINGS, PRESETS, given)
+    if device == "cpu" and settings.width <= 64:
+        # more threads gain nothing on matrices this small, and wait where others work
+        torch.set_num_threads(1)
+
+    # a trial of a few steps is measured little, or that would take longer than training
     few = max(8, settings.steps * settings.batch // 32)
     for name in ("test_strings", "probe_strings", "probe_steps"):
         given.setdefault(name, min(few, getattr(settings, name)))
@@ -873,7 +951,8 @@ def main():
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
-    trace, bar = None, tqdm(total=settings.steps, unit="step", leave=False)
+    trace = None
+    bar = tqdm(total=settings.steps, unit="step", leave=False, disable=rank > 0)
     with bar:
 
         def watch(step, loss, teacher):
@@ -890,13 +969,18 @@ def main():
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
         try:
-            model = fit(x, v, s, args.target, seed, watch, device, args.resume, **given)
+            more = watch if rank == 0 else None, device, args.resume, parallel
+            model = fit(x, v, s, args.target, seed, *more, **given)
         except ValueError as error:  # of --resume; all else is checked
             bar.close()
             parser.error(f"argument --{error}")
         except FloatingPointError as error:
             bar.close()
             parser.exit(1, f"{parser.prog}: {error}\n")
+    if parallel:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     if args.save:
         model.save(args.save)
 

@@ -708,6 +708,9 @@ def main():
 
     levels = grammar.sample(P, args.seed, device)
     options = read_options(v, args.target, settings)
+    if device == "cpu" and options.hidden <= 64:
+        # more threads gain nothing on matrices this small, and wait where others work
+        torch.set_num_threads(1)
     truth = grammar.sample(options.test_strings, (args.seed, 1), device)
     columns = ["step", *(f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction"))]
     trace = None

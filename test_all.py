@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1688,6 +1689,56 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         go_on(killed)
     assert (killed / "run").read_bytes() == b"mine" and (killed / "trace").read_bytes() == trace
+
+
+def test_bfloat16_and_compile_are_options_that_are_refused_where_they_fail(monkeypatch):
+    g, losses = Grammar.random(4, 2, 2, 3, 0), []
+    for half in (False, True):
+        watch = lambda step, loss, teacher: losses.append(loss.item())  # noqa: E731
+        data2vec.fit(g, 4, 2, "latent", 0, watch, **TINY["tree"], bfloat16=half)
+    assert np.allclose(losses[:3], losses[3:], rtol=0.02) and losses[:3] != losses[3:]
+
+    def missing(*arguments):
+        raise RuntimeError("there is none\nfurther reading")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    monkeypatch.setattr(torch, "autocast", missing)
+    for name in ("bfloat16", "compile"):
+        with pytest.raises(ValueError, match=f"^{name}: does not work on cpu here: there is none$"):
+            data2vec.fit(g, 4, 2, **TINY["tree"], **{name: True})
+
+
+def one_of_two(rank, port, argv):
+    """What torchrun runs, in a forked process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    sys.argv = argv
+    data2vec.main()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked only on Linux")
+@pytest.mark.parametrize("preset, target", [("tree", "latent"), ("transformer", "token")])
+def test_two_processes_train_as_one(preset, target, tmp_path, monkeypatch, capsys):
+    """The same loss at every step, to 1e-4, from a batch that is split 5 to 4; one of them writes the files."""
+    flags = f"data2vec.py --preset {preset} --depth 3 --v 4 --m 2 --samples 50 --steps 12 --batch 9 --dropout 0.1"
+    flags += f" --width 16 --hidden 16 --target {target} --probes 12 --probe-strings 50 --test-strings 50"
+    flags += f" --probe-steps 5 --warmup 1 --device cpu --trace {tmp_path}/"
+    monkeypatch.setattr(sys, "argv", (flags + "one").split())
+    data2vec.main()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = torch.multiprocessing.get_context("fork")
+    argv = (flags + f"two --resume {tmp_path}/run").split()
+    ranks = [fork.Process(target=one_of_two, args=(rank, port, argv)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    one, two = (np.genfromtxt(tmp_path / name, delimiter=",", skip_header=1) for name in ("one", "two"))
+    assert one.shape == (12, 8) and np.allclose(one[:, 1], two[:, 1], rtol=1e-4)
+    assert torch.load(tmp_path / "run", weights_only=True)["step"] == 12
 
 
 @every_target
