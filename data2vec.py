@@ -951,21 +951,25 @@ def main():
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
+    # step 1 tells what an untrained encoder gets
+    every = max(1, settings.steps // max(1, settings.probes))
+    measured = {1, *range(every, settings.steps + 1, every)} if settings.probes else {}
     trace = None
     bar = tqdm(total=settings.steps, unit="step", leave=False, disable=rank > 0)
     with bar:
 
         def watch(step, loss, teacher):
             nonlocal trace
-            trace = trace or open_trace(args.trace, columns, step)
+            trace = trace or open_trace(args.trace, [*columns, "v", "m", "P"], step)
             bar.update(step - bar.n)
-            if not settings.probes or step % max(1, settings.steps // settings.probes):
+            if step not in measured:
                 return
             features = partial(encode, teacher)
             unseen = unseen_synonyms(features, grammar, seed, quick, device)[0]
             synonyms = synonym_scores(features, grammar, seed, quick, device)
             numbers = [loss.item(), *spread(features, shown, settings.top), *unseen, *synonyms]
-            print(step, *numbers, sep=",", file=trace, flush=True)
+            seen = step * settings.batch if settings.online else P
+            print(step, *numbers, v, m, seen, sep=",", file=trace, flush=True)
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
         try:

@@ -712,13 +712,13 @@ def main():
         # more threads gain nothing on matrices this small, and wait where others work
         torch.set_num_threads(1)
     truth = grammar.sample(options.test_strings, (args.seed, 1), device)
-    columns = ["step", *(f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction"))]
+    columns = [f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction")]
     trace = None
     with tqdm(unit="step") as bar:
 
         def watch(step, steps, network, prediction):
             nonlocal trace
-            trace = trace or open_trace(args.trace, columns, step)
+            trace = trace or open_trace(args.trace, ["step", *columns, "v", "m", "P"], step)
             bar.total = steps
             bar.update(step - bar.n)
             if step % max(1, steps // options.probes) and step != steps:
@@ -726,7 +726,7 @@ def main():
             labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
             right = [accuracy(labels[l], truth[l][:256], v) for l in range(1, L)]
             pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(right, prediction[0].tolist())]
-            print(step, *pairs, sep=",", file=trace, flush=True)
+            print(step, *pairs, v, m, P, sep=",", file=trace, flush=True)
             bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in right))
 
         try:

@@ -1109,7 +1109,8 @@ def test_predictor_runs_alone(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(text in out for text in ("symbols in use", "linear probe", "codes=128"))
     header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
-    assert header == "step,accuracy 1,prediction 1,accuracy 2,prediction 2" and len(rows) == 2
+    assert header == "step,accuracy 1,prediction 1,accuracy 2,prediction 2,v,m,P"
+    assert len(rows) == 2 and rows[0].endswith(",4,2,50")
     assert predictor.load("a.pt").target == "latent"
 
 
@@ -1608,7 +1609,7 @@ def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(text in out for text in ("level 1", "level 2", "unseen synonyms", "MLP probe", "untrained"))
     header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
-    assert header == "step,loss,target std,rank,unseen 1,unseen 2,synonyms 1,synonyms 2" and len(rows) == 2
+    assert header.endswith(",unseen 1,unseen 2,synonyms 1,synonyms 2,v,m,P") and len(rows) == 2
     x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
     model = data2vec.fit(x, 4, 2, "several", 0, preset=preset, steps=2, batch=8, width=16, hidden=16)
     assert equal(data2vec.load(tmp_path / "encoder.pt").features(x), model.features(x))
@@ -2399,6 +2400,17 @@ def test_traces_become_one_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
     plot.main()
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_traces_of_several_P_end_against_it(tmp_path):
+    rows = []
+    for P in (216, 432):
+        text = "step,unseen 1,synonyms 1,v,m,P\n" + f"1,0,0,8,3,{P}\n9,0.5,{P / 864},8,3,{P}\n"
+        rows += table(tmp_path, text, f"{P}.csv")[1]
+    tables = dict.fromkeys(plot.KINDS, []) | {"data2vec": rows}
+    ends = plot.draw_phases(tables).axes[3].lines[0]
+    assert list(ends.get_xdata()) == [1, 2] and list(ends.get_ydata()) == [0.25, 0.5]
+    assert len(plot.draw_phases(tables | {"data2vec": rows[:2]}).axes) == 2
 
 
 def test_contrast_names_every_target_and_its_change(tmp_path):
