@@ -111,14 +111,14 @@ LEARNERS = {
         first=lambda v, s, m: v * m**2,
         sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
         seconds=lambda tokens, P: 0.45 * tokens,
-        side=8, seeds=3,
+        side=9, seeds=3,  # three rungs of three seeds
     ),
     "data2vec": ours(
         data2vec,
         first=lambda v, s, m: v * m**3,
         sees=lambda v, settings: settings.steps * settings.batch,
         seconds=lambda tokens, P: 2.3 * tokens,
-        side=8, seeds=3,
+        side=9, seeds=3,  # three rungs of three seeds
     ),
 }
 # the rows of the first table, and the depth up to which they are run unless asked for
