@@ -391,7 +391,10 @@ def draw_depth(tables):
 
 def draw_methods(tables):
     """The figure of methods.png: P* of every method at a size of one depth, a line for each
-    learner and its settings, and a colour for each target. None if there is no such size."""
+    learner and its settings, and a colour for each target. None if there is no such size, or if
+    it is collapse.png's."""
+    if collapse_groups(tables["runs"]):
+        return None
     sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
     rows = [row for size in sizes if len(group(size, "L")) == 1 for row in size]
     panels = group(cells_of(rows), "v", "s", "m", "L", "zipf", "what")

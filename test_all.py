@@ -2308,7 +2308,7 @@ predictor-token,8,2,3,4,0,"> 512",,,,,,,3,limited by steps
 predictor:elements=one,8,2,3,4,0,400,380,420,900,,,,3,
 """
     _, rows = table(tmp_path, text)
-    axis, = plot.draw_methods({"depth": rows}).axes
+    axis, = plot.draw_methods({"depth": rows, "runs": []}).axes
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == ["predictor", "predictor:elements=one"]
     dots = [line for line in axis.lines if len(line.get_xdata())]
