@@ -166,7 +166,7 @@ def test_parse_names_what_it_cannot_explain():
     with pytest.raises(ValueError, match="string 3, level 0, position 4"):
         g.parse(x)
     x[2, 1] = 4
-    with pytest.raises(ValueError, match="string 2, level 0, position 1"):
+    with pytest.raises(ValueError, match="^x: must hold symbols 0..3"):
         g.parse(x)
     with pytest.raises(ValueError, match="shape"):
         g.parse(x[:, :7])
@@ -374,7 +374,7 @@ def test_matching_equals_brute_force(rows, columns):
             sum(small[i, j] for i, j in enumerate(p))
             for p in itertools.permutations(range(small.shape[1]), small.shape[0])
         )
-        assert grammar.best_matching(table).sum() == best
+        assert grammar.best_matching(table) == best
 
 
 def test_accuracy():
@@ -450,7 +450,7 @@ def test_load_refuses_what_is_no_grammar(tmp_path):
         with pytest.raises(ValueError, match="^load: ") as error:
             Grammar.load(path)
         assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="^load: .*No such file"):
         Grammar.load(tmp_path / "missing")
 
 
