@@ -162,7 +162,9 @@ class Grammar:
             # find each tuple among the sorted rules
             rules, order = tuple_codes(self.rules[l].to(code.device), self.v).flatten().sort()
             place = torch.searchsorted(rules, code).clamp(max=len(rules) - 1)
-            for p, t in (rules[place] != code).nonzero()[:1].tolist():
+            wrong = (rules[place] != code).nonzero()        # rows of (string, tuple)
+            if len(wrong):
+                p, t = wrong[0].tolist()
                 where = f"string {p}, level {l}, position {t * self.s}"
                 raise ValueError(f"x: {where}: no rule gives {tuples[p, t].tolist()}")
             # rules stand in the order of their parents, m to each
@@ -328,8 +330,10 @@ class Grammar:
                 rule = rule * children[:, :, k].index_select(2, symbol)
             likely = rule.unflatten(2, (v, m)) @ self.p     # (P, n, v)
             total = likely.sum(2, keepdim=True)             # taken out, against underflow
-            for p in (total == 0).nonzero()[:1, 0].tolist():
-                raise ValueError(f"x: string {p} has no derivation with its visible tokens")
+            wrong = (total == 0).nonzero()                  # rows of (string, node, 0)
+            if len(wrong):
+                where = f"string {int(wrong[0, 0])}"
+                raise ValueError(f"x: {where} has no derivation with its visible tokens")
             levels.append(likely / total)
             log_evidence = log_evidence + total.log().sum()
         log_evidence = log_evidence + levels[L].mean(2).log().sum()    # a uniform root
@@ -427,38 +431,38 @@ def best_matching(table):
 
     The Hungarian algorithm: rows join one by one, each by the cheapest path to a free
     column. A path takes a column, then the row that held it, which takes another one.
-    Prices, taken off the costs, leave no cost below 0, so that Dijkstra's search works."""
-    cost = -np.asarray(table, dtype=float)
-    if cost.ndim != 2 or not np.isfinite(cost).all():
+    What a path has cost is taken off the table, so that no cost on it is below 0 later."""
+    score = np.asarray(table, dtype=float)
+    if score.ndim != 2 or not np.isfinite(score).all():
         raise ValueError("table: must be (rows, columns) of finite numbers")
-    if cost.shape[0] > cost.shape[1]:
-        cost = cost.T
+    if score.shape[0] > score.shape[1]:
+        score = score.T
     # one column more, the last, where a row waits until its path is found
-    cost = np.pad(cost, ((0, 0), (0, 1)), constant_values=np.inf)
+    cost = np.pad(-score, ((0, 0), (0, 1)), constant_values=np.inf)
     rows, columns = cost.shape
-    row_price, price = np.zeros(rows), np.zeros(columns)
     owner = np.full(columns, -1)                            # the row of each column
     for new in range(rows):
-        owner[-1], column = new, -1
-        done = np.zeros(columns, bool)
+        # Dijkstra's search: the nearest column is done, then those next to its row
+        column, owner[-1] = -1, new
         distance = np.full(columns, np.inf)
-        distance[-1] = 0.0
+        distance[-1] = 0
         before = np.full(columns, -1)                       # the column before on the path
+        done = np.zeros(columns, bool)
         while owner[column] >= 0:
-            done[column], row = True, owner[column]
-            through = distance[column] + cost[row] - row_price[row] - price
+            done[column] = True
+            through = distance[column] + cost[owner[column]]
             nearer = ~done & (through < distance)
             distance[nearer], before[nearer] = through[nearer], column
             column = np.where(done, np.inf, distance).argmin()
-        cheaper = distance[column] - distance[done]
-        row_price[owner[done]] += cheaper
-        price[done] -= cheaper
+        saved = distance[column] - distance[done]
+        cost[owner[done]] -= saved[:, None]
+        cost[:, done] += saved
         # along the path, each column takes the row of the one before it
         while column >= 0:
             owner[column] = owner[before[column]]
             column = before[column]
     held = np.flatnonzero(owner[:-1] >= 0)
-    return float(-cost[owner[held], held].sum())
+    return float(score[owner[held], held].sum())
 
 
 def linear_probe(features, labels, v):
