@@ -11,6 +11,8 @@ Level 0 is the visible string of s^L symbols, level L is the root. A symbol of l
 one of v, has m production rules, each an s-tuple of level-l symbols, and no tuple has two
 parents. Tuples with the same parent are *synonyms*: to learn the grammar is to group the
 v m tuples of every level into v groups of synonyms.
+
+Whatever does not fit raises a ValueError of one line that begins with the argument's name.
 """
 
 import argparse
@@ -197,7 +199,7 @@ class Grammar:
         node = rng.integers(s ** (self.L - l), size=P)      # (P,)
         each = np.arange(P)
         there = swapped[l - 1].reshape(P, -1, s)[each, node]
-        old = (there[:, None] == rules[l - 1]).all(2).argmax(1)   # (P,)
+        old = (there[:, None] == rules[l - 1]).all(2).argmax(1)
 
         # another one in its place: of the m with the same parent, or of all v m
         p = self.p.numpy()
@@ -251,7 +253,8 @@ class Grammar:
         """What a context vector tends to: (v, v) float64, entry [a, b] = P(node n of
         target_level is b | the t-th tuple of level l has the parent a); 0 if a never
         stands there. Synonyms share it whatever the target, which is why clustering
-        contexts finds the parents."""
+        contexts finds the parents. The paper's targets are an element of a cousin
+        (target_level = l), a token under a cousin (0), and the root label (L, n = 0)."""
         s = self.s
         # climb to the lowest common ancestor, on level c, and see what it is
         c = max(l + 1, target_level)
@@ -524,8 +527,8 @@ def check_sizes(v, s, m=1, L=2):
 def check_memory(name, need, what):
     """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
     if need > MEMORY:
-        GiB = 2**30
-        raise ValueError(f"{name}: {what} would need {need / GiB:.3g} GiB of {MEMORY / GiB:.3g}")
+        needed, there = need / 2**30, MEMORY / 2**30
+        raise ValueError(f"{name}: {what} would need {needed:.3g} GiB of {there:.3g}")
 
 
 def strings_bytes(P, s, L):
@@ -631,14 +634,13 @@ def option(read, fits, allowed):
     return value_of
 
 
-def real(low, high):
+def real(low, high, read=float, name="a number"):
     fits = lambda number: low <= number <= high
-    return option(float, fits, f"a number from {low} to {high}")
+    return option(read, fits, f"{name} from {low} to {high}")
 
 
 def whole(low, high=2**31 - 1):
-    fits = lambda number: low <= number <= high
-    return option(int, fits, f"a whole number from {low} to {high}")
+    return real(low, high, int, "a whole number")
 
 
 def choice(*words):
@@ -755,7 +757,9 @@ class Checkpoint:
     def __init__(self, file, parts, generators, xs, about):
         self.file, self.parts, self.generators = file, parts, generators
         self.written = time.monotonic()
-        self.about = about | ({"strings": digest(xs)} if file else {})
+        self.about = dict(about)
+        if file is not None:
+            self.about["strings"] = digest(xs)
 
     def load(self):
         """Set all parts and generators to the state in the file. Returns (step, rest) as
