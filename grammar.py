@@ -116,14 +116,13 @@ class Grammar:
         check_whole("samples", P, 1)
         check_memory("samples", strings_bytes(P, s, L), "the strings")
         check_device(device)
-        rules = [rule.flatten(0, 1).numpy() for rule in self.rules]    # (v m, s) each
+        rules = [rule.numpy().reshape(-1, s).copy() for rule in self.rules]    # (v m, s)
         if without is not None:
             l, j = without
             check_whole("without: l", l, 1, L)
             check_whole("without: j", j, 0, m - 1)
             if m == 1:
                 raise ValueError("m: must be 2 or more to do without a rule")
-            rules[l - 1] = rules[l - 1].copy()
             rules[l - 1][j::m] = rules[l - 1][(j + 1) % m :: m]
         rng = generator("strings", seed)
         narrow = np.min_scalar_type(v * m - 1)
@@ -162,7 +161,8 @@ class Grammar:
             tuples = levels[l].unflatten(1, (-1, self.s))   # (P, n, s)
             code = tuple_codes(tuples, self.v)
             # find each tuple among the sorted rules
-            rules, order = tuple_codes(self.rules[l].to(code.device), self.v).flatten().sort()
+            rules = self.rules[l].flatten(0, 1).to(code.device)        # (v m, s)
+            rules, order = tuple_codes(rules, self.v).sort()
             place = torch.searchsorted(rules, code).clamp(max=len(rules) - 1)
             wrong = (rules[place] != code).nonzero()        # rows of (string, tuple)
             if len(wrong):
@@ -192,7 +192,7 @@ class Grammar:
         if kind == "synonym" and self.m == 1:
             raise ValueError("m: must be 2 or more, a single rule has no synonyms")
         rng, s, m, P = generator("swap", seed), self.s, self.m, len(levels[0])
-        rules = [rule.flatten(0, 1).numpy() for rule in self.rules]    # (v m, s) each
+        rules = [rule.numpy().reshape(-1, s) for rule in self.rules]   # (v m, s)
         swapped = [level.cpu().numpy().copy() for level in levels]
 
         # the tuple that stands there now, as a number below v m
@@ -333,10 +333,9 @@ class Grammar:
                 rule = rule * children[:, :, k].index_select(2, symbol)
             likely = rule.unflatten(2, (v, m)) @ self.p     # (P, n, v)
             total = likely.sum(2, keepdim=True)             # taken out, against underflow
-            wrong = (total == 0).nonzero()                  # rows of (string, node, 0)
-            if len(wrong):
-                where = f"string {int(wrong[0, 0])}"
-                raise ValueError(f"x: {where} has no derivation with its visible tokens")
+            wrong = (total == 0).nonzero().tolist()         # [string, node, 0] each
+            if wrong:
+                raise ValueError(f"x: string {wrong[0][0]} has no derivation with its tokens")
             levels.append(likely / total)
             log_evidence = log_evidence + total.log().sum()
         log_evidence = log_evidence + levels[L].mean(2).log().sum()    # a uniform root
@@ -843,8 +842,7 @@ def run_script(main):
 
 
 def show(grammar, levels):
-    """Print the rules, and the first derivation, each symbol above the first of its
-    children."""
+    """Print the rules, and a derivation, each symbol above the first of its children."""
     for l in reversed(range(grammar.L)):
         for a, rules in enumerate(grammar.rules[l].tolist()):
             tuples = " | ".join(" ".join(map(str, rule)) for rule in rules)
