@@ -167,10 +167,10 @@ def test_parse_names_what_it_cannot_explain():
     with pytest.raises(ValueError, match="string 3, level 0, position 4"):
         g.parse(x)
     x[2, 1] = 4
-    with pytest.raises(ValueError, match="string 2, level 0, position 1"):
+    with pytest.raises(ValueError, match="^x: must hold symbols 0..3"):
         g.parse(x)
     with pytest.raises(ValueError, match="shape"):
-        g.parse(x[:, :7])
+        g.parse(x[:2, :7])
     with pytest.raises(ValueError, match="whole"):
         g.parse(x.float())
 
@@ -368,14 +368,15 @@ def test_swap_draws_any_other_tuple_with_its_chance(kind, zipf):
 @pytest.mark.parametrize("rows, columns", [(1, 1), (3, 3), (5, 5), (6, 6), (6, 4), (3, 6)])
 def test_matching_equals_brute_force(rows, columns):
     random = np.random.default_rng(rows * 10 + columns)
-    for _ in range(30):
+    for turn in range(40):
         table = random.integers(0, 9, (rows, columns))
+        table = table if turn < 30 else random.normal(size=(rows, columns))
         small = table if rows <= columns else table.T
         best = max(
             sum(small[i, j] for i, j in enumerate(p))
             for p in itertools.permutations(range(small.shape[1]), small.shape[0])
         )
-        assert grammar.best_matching(table).sum() == best
+        assert grammar.best_matching(table) == pytest.approx(best, abs=1e-12)
 
 
 def test_accuracy():
@@ -451,7 +452,7 @@ def test_load_refuses_what_is_no_grammar(tmp_path):
         with pytest.raises(ValueError, match="^load: ") as error:
             Grammar.load(path)
         assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="^load: .*No such file"):
         Grammar.load(tmp_path / "missing")
 
 
@@ -471,6 +472,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"new" and link.is_symlink()
     with pytest.raises(OSError, match="not a file"):
         grammar.write_whole(tmp_path, half)
+
+    def slowly(file):  # another one writes the file meanwhile
+        grammar.write_whole(path, lambda other: other.write(b"theirs"))
+        file.write(b"mine")
+
+    grammar.write_whole(path, slowly)
+    assert path.read_bytes() == b"mine" and set(tmp_path.iterdir()) == {path, link}
 
 
 TABLE = (
