@@ -5,7 +5,7 @@ Learners x targets x depths.
     python sweep.py --depth 2..6                        the table of the README
     python sweep.py --depth 5 --methods data2vec        a cell that it leaves out
     python sweep.py --depth 4 --m 3..6 --methods cluster,cluster-joint --out out/m
-    python sweep.py --methods data2vec-token:mask=0.15:steps=8000
+    python sweep.py --methods data2vec-token:mask=0.3:steps=8000
     torchrun --nproc-per-node 4 -- sweep.py --depth 2..6    processes share one sweep
 
 A method is a learner, after a dash its target (own latents if there is none), and after

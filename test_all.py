@@ -1765,7 +1765,8 @@ def test_recover_of_data2vec_keeps_the_sweeps_contract(target):
 
 def test_it_learns():
     """Level 1 of a small grammar, where an untrained encoder is near chance, in a few hundred steps."""
-    g, small = Grammar.random(8, 2, 3, 3, 100), {"probe_steps": 5, "test_strings": 512}
+    g = Grammar.random(8, 2, 3, 3, 100)
+    small = {"probe_steps": 5, "test_strings": 512, "mask": 0.3, "mask_block": "mixed"}
     for target in ("latent", "token"):
         score = data2vec.recover([g], [1024], [100], target, steps=400, cooldown=0.25, **small)[0]
         assert score.floor[0] < 0.4 and score.accuracy[0] > 0.6
@@ -1902,7 +1903,7 @@ def test_a_ladder_ends_by_its_rules_and_not_by_the_cap():
 def test_methods_have_one_spelling():
     for text, name in [
         ("cluster-latent", "cluster"), ("predictor:hidden=64", "predictor"), ("data2vec:preset=tree", "data2vec"),
-        ("data2vec-token:steps=8000:mask=.15", "data2vec-token:steps=8000:mask=0.15"),
+        ("data2vec-token:steps=8000:mask=.3", "data2vec-token:steps=8000:mask=0.3"),
         ("data2vec:mask-block=top", "data2vec:mask_block=top"),
     ]:
         assert sweep.read_method(text).name == name == sweep.read_method(name).name
