@@ -44,7 +44,8 @@ import uuid
 from argparse import ArgumentTypeError
 from collections import namedtuple
 from concurrent import futures
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -130,8 +131,7 @@ Method = namedtuple("Method", "name key learner target given settings")
 
 @lru_cache(maxsize=None)
 def read_method(text):
-    """LEARNER-TARGET:SETTING=VALUE:... -> Method. Its name leaves out what changes nothing, and
-    has the settings in the table's order. Raises ValueError if the text has no meaning."""
+    """LEARNER-TARGET:SETTING=VALUE:... -> Method, or a ValueError if that has no meaning."""
     words, *changes = text.split(":")
     key, _, target = words.partition("-")
     target = target or "latent"
@@ -152,6 +152,7 @@ def read_method(text):
     preset = given.get("preset", usual)
     try:
         settings = read_settings(learner.settings, learner.presets, given)
+        base = read_settings(learner.settings, learner.presets, {"preset": preset})
     except ValueError as error:
         raise ValueError(f"methods: {words}: {error}") from None
 
@@ -159,7 +160,6 @@ def read_method(text):
     name = key if target == "latent" else f"{key}-{target}"
     if preset != usual:
         name += f":preset={preset}"
-    base = read_settings(learner.settings, learner.presets, {"preset": preset})
     for setting, value in vars(settings).items():
         if value != getattr(base, setting):
             name += f":{setting}={value}"
@@ -252,7 +252,7 @@ def crossing(P, accuracy, threshold):
 def estimate(groups, weights=(1.0,), scale=math.exp, digits=0):
     """scale(sum_i weights[i] * mean log P* of groups[i]) as texts, groups being lists of stars.
 
-    Returns (value, low, high): low and high end the 95 % bootstrap interval over seeds, "" if no
+    Returns (value, low, high): with the ends of the 95 % bootstrap interval over seeds, "" if no
     group has two. Seeds beyond their ladders make the value a bound, "> 412" or "< 16", without
     an interval, or "?" if they pull both ways."""
     logs = [np.log([P for P, _ in stars]) for stars in groups]
@@ -267,8 +267,8 @@ def estimate(groups, weights=(1.0,), scale=math.exp, digits=0):
         return value, "", ""
     random = np.random.default_rng(0)
     means = [random.choice(log, size=(BOOTSTRAP, len(log))).mean(1) for log in logs]
-    low, high = np.percentile(weights @ np.stack(means), [2.5, 97.5])
-    return value, f"{scale(low):.{digits}f}", f"{scale(high):.{digits}f}"
+    ends = np.percentile(weights @ np.stack(means), [2.5, 97.5])
+    return value, *(f"{scale(end):.{digits}f}" for end in ends)
 
 
 def slope(points, scale):
@@ -282,9 +282,9 @@ def slope(points, scale):
 
 
 def measure(cell, ladders, level, cap):
-    """What the seeds say of one level, {column of samples_vs_depth.csv: value}, and its stars;
-    {} if no run reports it. ladders: [{P: Run} of every seed]."""
-    P50, P90, floors, bounds = [], [], [], set()
+    """What the seeds say of one level: {column of the table: value}, their stars, and notes of
+    MARKS; {} if no run reports it. ladders: [{P: Run} of every seed]."""
+    P50, P90, floors, notes = [], [], [], set()
     for rungs in ladders:
         climbed, _, end = climb(cell, rungs, cap)
         scores = [rungs[P].score for P in climbed]
@@ -295,25 +295,30 @@ def measure(cell, ladders, level, cap):
         P90.append(crossing(climbed, accuracy, 0.9))
         floors += [score.floor[level - 1] for score in scores if score.floor]
         # why P* is a bound
-        sign = P50[-1][1]
+        _, sign = P50[-1]
         if sign > 0 or end == "not finished":
-            bounds.add(end or "beyond Pmax")
+            notes.add(end or "beyond Pmax")
         if sign < 0:
-            bounds.add("below Pmin")
+            notes.add("below Pmin")
         if any(score.diverged for score in scores):
-            bounds.add("diverged")
+            notes.add("diverged")
     if not P50:
         return {}
     found = {"stars": P50, "seeds": len(P50), "censored": sum(sign != 0 for _, sign in P50)}
-    found["status"] = next((status for status in STATUS if status in bounds), "")
+    found["status"] = next((note for note in MARKS if note in notes), "")
     found["P50"], found["P50_lo"], found["P50_hi"] = estimate([P50])
-    found["P90"] = estimate([P90])[0]
+    found["P90"], _, _ = estimate([P90])
     if not found["censored"]:
         mean = math.exp(np.mean([math.log(P) for P, _ in P50]))
         found["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
     if floors:
         found["floor"] = f"{np.mean(floors):.3f}"
-    return found
+    # and what else its marks say
+    if floors and np.mean(floors) > 0.5:
+        notes.add("untrained above 0.5")
+    if len(P50) == 1:
+        notes.add("one seed")
+    return found | {"notes": notes}
 
 
 # ----------------------------------------------------------------------------------------
@@ -324,10 +329,11 @@ TABLE = (
     "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,P50_over_vm3,"
     "root_P50,root_P50_lo,root_P50_hi,floor,root_floor,seeds,censored,status"
 ).split(",")
-# why a P50 is a bound, the worst first, and its mark in the tables to read
-STATUS = {
+# what there is to say of a P50, the worst first, and its mark in the tables to read; all but the
+# last two are statuses
+MARKS = {
     "diverged": "x", "not finished": "..", "limited by memory": "m", "limited by steps": "s",
-    "beyond Pmax": "", "below Pmin": "", "not run": "-",
+    "beyond Pmax": "", "below Pmin": "", "not run": "-", "untrained above 0.5": "!", "one seed": "~",
 }
 
 
@@ -350,8 +356,8 @@ def summarise(runs, caps, unrun=()):
     for cell in sorted(ladders, key=row_order):
         seeds = ladders[cell]
         cap = caps.get(cell) or max((max(rungs) for rungs in seeds), default=0)
-        row = cell._asdict() | {"stars": [], "P50": "", "seeds": 0, "status": "not run"}
-        row |= measure(cell, seeds, cell.L - 1, cap)
+        row = {"stars": [], "P50": "", "seeds": 0, "status": "not run", "notes": {"not run"}}
+        row |= cell._asdict() | measure(cell, seeds, cell.L - 1, cap)
         root = measure(cell, seeds, cell.L, cap)
         rows.append(row | {f"root_{column}": value for column, value in root.items()})
     return rows
@@ -359,40 +365,32 @@ def summarise(runs, caps, unrun=()):
 
 def cell_text(row, part, is_long):
     """A cell of a table to read. part: "" for level L-1, "root_" for the root."""
-    low, floor = row.get(part + "P50_lo"), row.get(part + "floor")
-    text = row[part + "P50"].replace(" ", "") + STATUS.get(row[part + "status"], "")
-    if floor and float(floor) > 0.5:
-        text += "!"
-    if row[part + "seeds"] == 1:
-        text += "~"
-    if is_long and low:
-        text += f" [{low}, {row[part + 'P50_hi']}]"
-    if is_long and floor:
-        text += f" (untrained {floor})"
-    return text
+    text = row[part + "P50"].replace(" ", "")
+    text += "".join(mark for note, mark in MARKS.items() if note in row[part + "notes"])
+    low, high = row.get(part + "P50_lo"), row.get(part + "P50_hi")
+    return f"{text} [{low}, {high}]" if is_long and low else text
 
 
 def size_table(size, rows, is_long):
-    """The rows of one size as lines, which are a table in Markdown, too: a line for every method,
-    then one for every root.
-
-    Growth is counted from L = 3 on, as a tree of depth 2 has no cousins but under the root; its
-    column ends with the depths that it covers."""
+    """The rows of one size as lines, a table in Markdown: a line for every method, then for
+    every root. Growth is counted from L = 3 on, as a tree of depth 2 has no cousins but under
+    the root; its column ends with the depths that it covers."""
     depths = sorted({row["L"] for row in rows})
     table = [[size, *(f"L={L}" for L in depths), "growth a level, L", "law"]]
-    methods = dict.fromkeys(row["method"] for row in rows)
-    for part, name in itertools.product(("", "root_"), methods):
+    names = dict.fromkeys(row["method"] for row in rows)
+    for part, name in itertools.product(("", "root_"), names):
         line = {row["L"]: row for row in rows if row["method"] == name and part + "stars" in row}
-        if not line:
-            continue
         stars = {L: row[part + "stars"] for L, row in line.items() if L > 2 and row["stars"]}
         growth = slope(stars, math.exp)
         if growth:
             growth += f" {min(stars)}..{max(stars)}"
-        # the theory speaks of the tree
-        law = "" if part else LAW.get(read_method(name).target, "")
         cells = [cell_text(line[L], part, is_long) if L in line else "" for L in depths]
-        table.append([name + ", root" * bool(part), *cells, growth, law])
+        if part:                            # of which the theory does not speak
+            name, law = f"{name}, root", ""
+        else:
+            law = LAW.get(read_method(name).target, "")
+        if line:
+            table.append([name, *cells, growth, law])
 
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
@@ -402,10 +400,11 @@ def size_table(size, rows, is_long):
 
 def tables(rows, is_long):
     """The tables to read. The long ones have intervals, and how P* rises with m."""
-    sizes, over_m = {}, {}
+    sizes, over_m, notes = {}, {}, set()
     for row in rows:
         size = "v={v} s={s} m={m} zipf={zipf:g}".format(**row).replace(" zipf=0", "")
         sizes.setdefault(size, []).append(row)
+        notes |= row["notes"] | row.get("root_notes", set())
         if row["stars"]:
             size = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row)
             over_m.setdefault(size, {})[row["m"]] = row["stars"]
@@ -414,16 +413,11 @@ def tables(rows, is_long):
         exponent = slope({math.log(m): stars[m] for m in stars}, float)
         if exponent and is_long:
             text.append(f"{size}: P* ~ m^{exponent} for m = {min(stars)}..{max(stars)}")
-
     # only the marks that stand above are explained
-    used = {row["status"] for row in rows}
-    marks = [f"{mark} {status}" for status, mark in STATUS.items() if mark and status in used]
+    text += [f"{mark} {note}" for note, mark in MARKS.items() if mark and note in notes]
     for row in [row for row in rows if row["status"] == "not run"][-1:]:
-        marks[-1] += f" (--methods {row['method']} --depth {row['L']} runs the last one)"
-    for mark, meaning in (("!", "untrained above 0.5"), ("~", "one seed")):
-        if any(mark in table for table in text[: len(sizes)]):
-            marks.insert(0, f"{mark} {meaning}")
-    return "\n\n".join([*text, ", ".join(marks)]).rstrip()
+        text.append(f"--methods {row['method']} --depth {row['L']} runs the last of these")
+    return "\n\n".join(text)
 
 
 # ----------------------------------------------------------------------------------------
@@ -445,8 +439,8 @@ def run_batch(cell, batch, device):
 
 
 def start_worker():
-    """One thread of work per process. Ctrl-C ends it at once and silently, since finished runs
-    are the parent's business; and so does the parent's death, or it would wait for ever."""
+    """One thread a process. Ctrl-C ends it at once and silently, since finished runs are the
+    parent's business; and so does the parent's death, or it would wait for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -454,7 +448,7 @@ def start_worker():
 
 
 class OneProcess(futures.Executor):
-    """Stands in for a pool of processes where one job is asked for; needs no shared memory."""
+    """A pool of processes for one job, which needs no shared memory."""
 
     def submit(self, work, *arguments):
         future = futures.Future()
@@ -474,20 +468,18 @@ def next_rungs(cell, rungs, cap):
         ahead = 1
     if read_method(cell.method).learner.side == 1:
         ahead = 1
-    highest, _ = last_rung(cell, cap)
-    rungs_ahead = [P * RUNG**i for i in range(ahead)]
-    return [P for P in rungs_ahead if P <= highest and P not in rungs]
+    ladder = [P * RUNG**i for i in range(ahead)]
+    return [P for P in ladder if P <= last_rung(cell, cap)[0] and P not in rungs]
 
 
 def next_batch(units, runs, cap, running):
-    """What to run next, (Cell, [(P, seed)]), or None. running: all that is under way. Units with
-    nothing left to run are taken out."""
+    """What to run next, (Cell, [(P, seed)]), or None. Takes out units that are done.
+
+    running: the (Cell, batch) that are under way."""
     for cell, seeds in list(units):
         busy = {rung for other, batch in running if other == cell for rung in batch}
-        wanted = set()
-        for seed in seeds:
-            for P in next_rungs(cell, runs.get((cell, seed), {}), cap):
-                wanted.add((P, seed))
+        ladders = {seed: runs.get((cell, seed), {}) for seed in seeds}
+        wanted = {(P, seed) for seed in seeds for P in next_rungs(cell, ladders[seed], cap)}
         batch = sorted(wanted - busy)
         if batch:
             # batches of about one size, the lowest rungs first
@@ -499,8 +491,8 @@ def next_batch(units, runs, cap, running):
 
 
 def seconds_left(cell, seeds, runs, cap):
-    """An estimate of the core seconds until a cell's ladders are climbed: the rungs to come,
-    each as long as the cell's runs were on average."""
+    """A guess at the core seconds until ladders are climbed: their rungs to come, each as long
+    as the cell's runs were on average."""
     method = read_method(cell.method)
     ladders = [runs.get((cell, seed), {}) for seed in seeds]
     climbs = [climb(cell, rungs, cap) for rungs in ladders]
@@ -518,11 +510,12 @@ def units_of(cells, cap, rank, size):
 
     Each rank finds all shares by itself, from what the cells cost before any run: there is no
     connection to break or time out, and the folder is all that ranks have in common."""
-    costs = {}
+    costs, order = {}, {}
     for cell, seeds in cells.items():
-        # learners that don't train side by side can be shared out by seeds
-        is_whole = read_method(cell.method).learner.side > 1
-        for unit in [tuple(seeds)] if is_whole else [(seed,) for seed in seeds]:
+        learner = read_method(cell.method).learner
+        order[cell] = learner.seconds, -cell.L
+        # what does not train side by side can be shared out by seeds
+        for unit in [tuple(seeds)] if learner.side > 1 else [(seed,) for seed in seeds]:
             costs[cell, unit] = seconds_left(cell, unit, {}, cap)
     loads, shares = [0.0] * size, [[] for _ in range(size)]
     # the dearest first, each to the rank that has least to do
@@ -530,22 +523,21 @@ def units_of(cells, cap, rank, size):
         least = loads.index(min(loads))
         loads[least] += costs[unit]
         shares[least].append(unit)
-    # one learner after the other, so that the quick ones can be read soon
-    speed = lambda unit: (read_method(unit[0].method).learner.seconds, -unit[0].L)
-    return sorted(shares[rank], key=speed)
+    # quick learners can be read soon; the deepest of their cells first
+    return sorted(shares[rank], key=lambda unit: order[unit[0]])
 
 
 def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
-    """Climb all ladders, in batches, in `jobs` processes of one thread each, and put every
-    finished run on disk at once. cells: {Cell: seeds}. write_tables() is called now and then. Of
-    torchrun's `size` processes each climbs its share, and rank 0 returns when all are done."""
+    """Climb all ladders, in batches, in `jobs` processes, and put every finished run on disk.
+
+    cells: {Cell: seeds}. write_tables() is called now and then. Each of torchrun's `size`
+    processes climbs its share, and rank 0 returns when all are done."""
     units = units_of(cells, cap, rank, size)
     running = {}                            # future -> (Cell, batch)
     left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=1, bar_format=layout, smoothing=0, disable=rank > 0)
-    began = written = time.time()
-    took = 0.0                              # seconds that writing the tables takes
+    began = due = time.time()               # due: the next tables
     pool = OneProcess()
     if jobs > 1:
         spawn = multiprocessing.get_context("spawn")
@@ -561,6 +553,9 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
                 running[pool.submit(run_batch, *work, device)] = work
                 cell, batch = work
                 bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
+            if not running and any(left.values()):
+                bar.set_postfix_str("waiting for other ranks", False)
+                time.sleep(1)
             for future in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
                 cell, _ = running.pop(future)
                 found = future.result()
@@ -571,17 +566,13 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
             bar.n = time.time() - began
             bar.total = bar.n + sum(left.values()) / (jobs * size)
             bar.refresh()
-            # tables are made from all files afresh: let that be 5 % of the time at most
-            if rank == 0 and time.time() > written + max(30 if running else 1, 20 * took):
+            # tables are made from all files, others' too: let that be 5 % of the time
+            if rank == 0 and time.time() > due:
                 start = time.time()
-                write_tables()
-                written = time.time()
-                took = written - start
-                # it has read what others did, too
+                with suppress(OSError):     # held by another program, perhaps
+                    write_tables()
+                due = time.time() + max(1, 20 * (time.time() - start))
                 left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
-            elif not running and any(left.values()):
-                bar.set_postfix_str("waiting for other ranks", False)
-                time.sleep(0.1)
     finally:
         # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
@@ -591,12 +582,12 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
 
 
 def report(cell, found, runs, is_done):
-    """Print what there is to say of a batch: which runs diverged, and P* of a cell that is done."""
+    """Print which runs of a batch diverged, and the P50 of a cell that is done."""
     name = f"{cell.method} L={cell.L} m={cell.m}"
     for (P, seed), run in found.items():
         if run.score.diverged:
-            tqdm.write(f"{name} P={P} seed {seed}: loss not finite at step {run.score.diverged}; "
-                       "counts as not recovered")
+            where = f"{name} P={P} seed {seed}"
+            tqdm.write(f"{where}: loss not finite at step {run.score.diverged}, not recovered")
     if is_done:
         (row,) = summarise({key: runs[key] for key in runs if key[0] == cell}, {})
         tqdm.write(f"{name}: P50 = {cell_text(row, '', is_long=True)}")
@@ -606,21 +597,19 @@ def report(cell, found, runs, is_done):
 # the folder: finished runs on disk
 
 
-def mark(text):
-    """Reads the last column: nothing, collapsed, or diverged@ and the step."""
-    return text if text in ("", "collapsed") else f"diverged@{whole(1)(text[9:])}"
-
-
 # the columns of runs.csv, how each is read, and how numbers are written
 COLUMNS = {
     "method": lambda text: read_method(text).name,
     "v": whole(1), "s": whole(1), "m": whole(1), "L": whole(1), "zipf": real(0, 10),
     "P": whole(1, 2**40), "seed": whole(0), "level": whole(1), "accuracy": real(0, 1),
     "floor": lambda text: real(0, 1)(text) if text else None,
-    "seconds": real(0, 1e9), "device": lambda text: str(torch.device(text)), "mark": mark,
+    "seconds": real(0, 1e9), "device": lambda text: str(torch.device(text)),
+    # "", "collapsed" or "diverged@STEP"
+    "mark": lambda text: text and ("collapsed" if text[0] == "c" else f"diverged@{int(text[9:])}"),
 }
 DIGITS = {"zipf": "g", "accuracy": ".6f", "floor": ".6f", "seconds": ".3f"}
 HEADER = ",".join(COLUMNS) + "\n"
+TABLES = ("runs.csv", "samples_vs_depth.csv", "samples_vs_depth.md")
 
 
 class Refused(ValueError):
@@ -650,13 +639,12 @@ class Folder:
                 if here != value:
                     raise Refused(f"out: made with {key}'s {name} = {value}, which is now {here}")
         path.mkdir(parents=True, exist_ok=True)
-        self.write("settings.json", json.dumps(settings, indent=1) + "\n")
+        self.write("settings.json", json.dumps(settings, indent=1))
         self.file.parent.mkdir(exist_ok=True)
 
     def read_settings(self):
         """What settings.json holds, {} if nothing is there. Raises Refused if it is not ours."""
-        ours = ("settings.json", "runs.csv", "runs", "samples_vs_depth.csv", "samples_vs_depth.md")
-        if not any((self.path / name).exists() for name in ours):
+        if not any((self.path / name).exists() for name in ("settings.json", "runs", *TABLES)):
             return {}
         try:
             stored = json.loads((self.path / "settings.json").read_bytes())
@@ -674,74 +662,73 @@ class Folder:
                     self.runs.setdefault((cell, seed), {}).setdefault(P, run)
 
     def write(self, name, text):
-        write_whole(self.path / name, lambda file: file.write(text.encode()))
+        write_whole(self.path / name, lambda file: file.write(f"{text}\n".encode()))
 
     def append(self, cell, found):
         """Put finished runs, {(P, seed): Run}, on disk and into self.runs."""
-        text = "" if self.file.exists() else HEADER
+        lines = [] if self.file.exists() else [HEADER]
         for (P, seed), run in found.items():
-            # level 1 comes last: a run with it is whole
-            text += "".join(reversed(lines_of(cell, P, seed, run)))
+            lines += reversed(lines_of(cell, P, seed, run))  # level 1 last: a run with it is whole
         with open(self.file, "ab") as file:
-            file.write(text.encode())
+            file.write("".join(lines).encode())
         for (P, seed), run in found.items():
             self.runs.setdefault((cell, seed), {})[P] = run
 
     def write_tables(self, caps, unrun):
         """Make runs.csv and both tables from all files as they are now. Returns the rows."""
         self.read()
-        lines = []
+        lines = [HEADER]
         for cell, seed in sorted(self.runs, key=lambda ladder: (row_order(ladder[0]), ladder[1])):
             for P, run in sorted(self.runs[cell, seed].items()):
                 lines += lines_of(cell, P, seed, run)
-        self.write("runs.csv", HEADER + "".join(lines))
         rows = summarise(self.runs, caps, unrun)
         table = [",".join(str(row.get(column, "")) for column in TABLE) for row in rows]
-        self.write("samples_vs_depth.csv", "\n".join([",".join(TABLE), *table]) + "\n")
-        self.write("samples_vs_depth.md", tables(rows, is_long=True) + "\n")
+        texts = "".join(lines)[:-1], "\n".join([",".join(TABLE), *table]), tables(rows, True)
+        for name, text in zip(TABLES, texts):
+            self.write(name, text)
         return rows
 
 
-def line_of(values):
-    """A line of runs.csv; no value holds a comma or a quote."""
-    row = zip(COLUMNS, values, strict=True)
-    texts = ["" if x is None else format(x, DIGITS.get(name, "")) for name, x in row]
-    return ",".join(texts) + "\n"
-
-
 def lines_of(cell, P, seed, run):
-    """The lines of one run, from level 1 up."""
+    """The lines of one run in a file, from level 1 up; no value holds a comma or a quote."""
     lines, score = [], run.score
     for i, accuracy in enumerate(score.accuracy):
-        state = f"diverged@{score.diverged}" if score.diverged else "collapsed" * score.collapsed[i]
+        mark = f"diverged@{score.diverged}" if score.diverged else "collapsed" * score.collapsed[i]
         floor = score.floor[i] if score.floor else None
-        values = accuracy, floor, run.seconds, run.device, state
+        values = accuracy, floor, run.seconds, run.device, mark
         lines.append(line_of([*cell, P, seed, i + 1, *values]))
     return lines
 
 
+def line_of(values):
+    texts = []
+    for column, value in zip(COLUMNS, values, strict=True):
+        texts.append("" if value is None else format(value, DIGITS.get(column, "")))
+    return ",".join(texts) + "\n"
+
+
 def read_line(line):
-    """A line of runs.csv -> ((Cell, P, seed), level, the other values). Raises ValueError, or
-    what the columns' own types do, for what a sweep would not have written."""
+    """A line -> ((Cell, P, seed), level, other values). Raises what the columns' types do, and
+    ValueError, for what a sweep would not have written."""
     values = [kind(text) for kind, text in zip(COLUMNS.values(), line.split(","), strict=True)]
-    if line_of(values) != line + "\n":
-        raise ValueError(f"it should be {line_of(values).strip()}")
     cell, (P, seed, level) = Cell(*values[:6]), values[6:9]
     check_sizes(*cell[1:5])
     if P < first_rung(cell) or P & (P - 1) or level > cell.L:
         raise ValueError(f"P = {P} is no rung, or {level} no level")
+    if line_of(values) != line + "\n":
+        raise ValueError(f"it should be {line_of(values).strip()}")
     return (cell, P, seed), level, values[9:]
 
 
 def read_runs(file):
     """A file of runs -> {(Cell, P, seed): Run}, without a last one that was cut short. Raises
-    Refused, naming the line that cannot be used, and OSError."""
+    OSError, and Refused, naming the line."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if HEADER.startswith(text):
         return {}                           # killed before its first row
     if not text.startswith(HEADER):
         raise Refused(f"out: {file} has other columns than {HEADER.strip()}")
-    found = {}  # (Cell, P, seed) -> {level: the other values}
+    found = {}  # (Cell, P, seed) -> {level: other values}
     # what follows the last end of a line is empty, or torn
     for number, line in enumerate(text.split("\n")[1:-1], 2):
         try:
@@ -755,9 +742,9 @@ def read_runs(file):
         # all below the root have to be there; not every learner reports the root
         if levels.keys() >= set(range(1, rung[0].L)):
             rows = [levels[level] for level in sorted(levels)]
-            accuracy, floor, seconds, device, states = zip(*rows)
-            collapsed = [state == "collapsed" for state in states]
-            diverged = int(states[0].partition("@")[2] or 0)
+            accuracy, floor, seconds, device, marks = zip(*rows)
+            collapsed = [mark == "collapsed" for mark in marks]
+            diverged = int(marks[0].partition("@")[2] or 0)
             score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
             runs[rung] = Run(score, seconds[0], device[0])
         elif rung != list(found)[-1]:       # the last one was cut short
@@ -785,8 +772,8 @@ def span(low, high):
 
 
 def cells_from_flags(args):
-    """({Cell: its seeds}, the cells that are left out unless asked for by name). Raises
-    ValueError, naming the flag, if one can't work."""
+    """({Cell: seeds}, the cells that are left out unless asked for by name). Raises ValueError,
+    naming the flag, if one can't work."""
     words = args.methods.split(",")
     named = [read_method(word).name for word in words if word != "all"]
     names = dict.fromkeys([*DEFAULT, *named] if "all" in words else named)
@@ -797,11 +784,10 @@ def cells_from_flags(args):
             left_out.append(cell)
             continue
         method = read_method(name)
-        # sizes first: their errors name the flag
-        check_sizes(*cell[1:5])
+        check_sizes(*cell[1:5])             # names the flag
         try:
             method.learner.check_size(*cell[1:5], 1, method.target, **method.given)
-        except ValueError as error:         # it may name a setting, which is no flag of ours
+        except ValueError as error:         # may name a setting
             raise ValueError(f"methods: {name}: {error}") from None
         # a ladder without a rung would be missing from the table in silence
         lowest, (highest, reason) = first_rung(cell), last_rung(cell, args.max_samples)
@@ -828,16 +814,14 @@ def draw(out):
 
 def what_ended(error, folder):
     """What to say of a sweep that was ended from outside. A fault of ours is raised again."""
-    is_fault = isinstance(error, RuntimeError) and not isinstance(error, futures.BrokenExecutor)
-    if is_fault and "memory" not in str(error):
+    line = f"{type(error).__name__} {error}".splitlines()[0][:200]
+    if isinstance(error, RuntimeError) and "memory" not in line and "Broken" not in line:
         raise error
-    line = "stopped"
-    if not isinstance(error, KeyboardInterrupt):
-        line = f"{type(error).__name__} {error}".splitlines()[0][:200]
-    if not folder.file.parent.is_dir():
-        return f"{line}; {folder.path} is gone, and its runs with it"
     count = sum(map(len, folder.runs.values()))
-    return f"{line}; {count} finished runs are safe in {folder.path}, the same command continues"
+    safe = f"{count} finished runs are safe in {folder.path}, the same command continues"
+    if not folder.file.parent.is_dir():
+        safe = f"{folder.path} is gone, and its runs with it"
+    return f"{'stopped' if isinstance(error, KeyboardInterrupt) else line}; {safe}"
 
 
 def main():
@@ -847,6 +831,8 @@ def main():
         torch.set_num_threads(1)            # as in a pool
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
     parser = Parser(__doc__)
     flag = parser.add_argument
@@ -867,6 +853,12 @@ def main():
     flag("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
     device = pick_device(parser, args.device)
+    jobs = args.jobs or 1
+    if not args.jobs and device == "cpu" and size == 1:
+        jobs = min(cores, most_jobs)
+    if device == "cuda" and size > 1:       # one GPU a rank, by turns if there are fewer
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        device = f"cuda:{local % torch.cuda.device_count()}"
     try:
         if not args.out.strip():
             raise ValueError("out: must name a folder")
@@ -876,26 +868,17 @@ def main():
         parser.error(f"argument --{error}")
     except OSError as error:
         parser.error(f"argument --out: {error}")
-    if device == "cuda" and size > 1:       # one GPU a rank, by turns if there are fewer
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        device = f"cuda:{local % torch.cuda.device_count()}"
-    jobs = args.jobs or 1
-    if not args.jobs and device == "cpu" and size == 1:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        jobs = min(cores, most_jobs)
 
-    def write_tables():
-        return folder.write_tables(dict.fromkeys(cells, args.max_samples), unrun)
-
+    caps = dict.fromkeys(cells, args.max_samples)
+    write_tables = partial(folder.write_tables, caps, unrun)
     try:
         sweep(cells, folder, args.max_samples, device, jobs, write_tables, rank, size)
         if rank > 0:
             return
         rows = write_tables()
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
-        is_stop = isinstance(error, KeyboardInterrupt)
         line = what_ended(error, folder)
+        is_stop = isinstance(error, KeyboardInterrupt)
         if rank == 0 or not is_stop:        # torchrun stops all ranks at once
             print(f"\nsweep.py: {line}", file=sys.stderr)
         # SIGTERM comes with its name, Ctrl-C without
