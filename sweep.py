@@ -8,7 +8,7 @@ The table: how many samples P* each learner needs, against the depth of the gram
     torchrun --nproc-per-node 4 -- sweep.py --depth 2..6    processes share one sweep
 
 A method is a learner, after a dash its target (own latents if there is none), and after
-colons any of the learner's settings. Every method has rows of its own.
+colons any of the learner's settings.
 
 For every method, size, depth and seed the sweep climbs a *ladder* of sample sizes P, each
 twice the last. One seed is one fresh grammar and one fresh sample. A ladder ends
@@ -21,12 +21,8 @@ twice the last. One seed is one fresh grammar and one fresh sample. A ladder end
 P50 is the smallest P from which the accuracy is above 0.5 on two rungs in a row,
 interpolated in log P; P90 is the same for 0.9. What higher rungs bring changes neither.
 
-It writes to --out
-  runs/*.csv            a row for every run and level, as soon as the run is finished
-  runs.csv              all of these rows in order
-  samples_vs_depth.*    a row for every method, size and depth: as .csv, as .md, which is the
-                        printed table with intervals, and as .png, if matplotlib is there
-  settings.json         what the rows don't say
+It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
+(samples_vs_depth.csv, .md, .png) and, in settings.json, what the rows don't say.
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
 """
 
@@ -97,22 +93,15 @@ def ours(file, **more):
 
 
 LEARNERS = {
-    "cluster": ours(
-        cluster,
-        first=lambda v, s, m: v * m / (2 * s),  # fewer than half of the top tuples can be seen
-        seconds=0.005,
-    ),
+    # a ladder begins where fewer than half of the top tuples can be seen
+    "cluster": ours(cluster, first=lambda v, s, m: v * m / (2 * s), seconds=0.005),
     "predictor": ours(
-        predictor,
-        first=lambda v, s, m: v * m**2,
+        predictor, first=lambda v, s, m: v * m**2, seconds=0.45, side=8, seeds=3,
         sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
-        seconds=0.45, side=8, seeds=3,
     ),
     "data2vec": ours(
-        data2vec,
-        first=lambda v, s, m: v * m**3,
+        data2vec, first=lambda v, s, m: v * m**3, seconds=2.3, side=8, seeds=3,
         sees=lambda v, settings: settings.steps * settings.batch,
-        seconds=2.3, side=8, seeds=3,
     ),
 }
 # the rows of the first table, and the depth up to which they are run unless asked for
@@ -329,11 +318,11 @@ TABLE = (
     "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,P50_over_vm3,"
     "root_P50,root_P50_lo,root_P50_hi,floor,root_floor,seeds,censored,status"
 ).split(",")
-# what there is to say of a P50, the worst first, and its mark in the tables to read; all but the
-# last two are statuses
+# what there is to say of a P50, the worst first, and its mark in the tables to read
 MARKS = {
     "diverged": "x", "not finished": "..", "limited by memory": "m", "limited by steps": "s",
-    "beyond Pmax": "", "below Pmin": "", "not run": "-", "untrained above 0.5": "!", "one seed": "~",
+    "beyond Pmax": "", "below Pmin": "", "not run": "-",
+    "untrained above 0.5": "!", "one seed": "~",  # which are no status
 }
 
 
@@ -345,10 +334,9 @@ def row_order(cell):
 
 
 def summarise(runs, caps, unrun=()):
-    """{(Cell, seed): {P: Run}} -> a row of samples_vs_depth.csv, {column: value}, for every cell.
+    """Runs, {(Cell, seed): {P: Run}}, and cells not run -> the table's rows, {column: value}.
 
-    caps: {Cell: the longest P that this sweep allows}. A cell of another sweep counts as climbed
-    to its end where its highest seed stands. unrun: cells that are to be shown as not run."""
+    caps: {Cell: the longest P of this sweep}; other cells are as long as their longest ladder."""
     ladders = {cell: [] for cell in unrun}
     for cell, seed in sorted(runs):
         ladders.setdefault(cell, []).append(runs[cell, seed])
@@ -402,17 +390,17 @@ def tables(rows, is_long):
     """The tables to read. The long ones have intervals, and how P* rises with m."""
     sizes, over_m, notes = {}, {}, set()
     for row in rows:
-        size = "v={v} s={s} m={m} zipf={zipf:g}".format(**row).replace(" zipf=0", "")
+        size = "v={v} s={s} m={m} zipf={zipf:g}".format(**row).removesuffix(" zipf=0")
         sizes.setdefault(size, []).append(row)
         notes |= row["notes"] | row.get("root_notes", set())
         if row["stars"]:
-            size = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row)
+            size = "{method}: v={v} s={s} L={L} zipf={zipf:g}".format(**row)
             over_m.setdefault(size, {})[row["m"]] = row["stars"]
     text = [size_table(size, sizes[size], is_long) for size in sizes]
     for size, stars in over_m.items():
         exponent = slope({math.log(m): stars[m] for m in stars}, float)
         if exponent and is_long:
-            text.append(f"{size}: P* ~ m^{exponent} for m = {min(stars)}..{max(stars)}")
+            text.append(f"{size}, exponent of m in P* {exponent} {min(stars)}..{max(stars)}")
     # only the marks that stand above are explained
     text += [f"{mark} {note}" for note, mark in MARKS.items() if mark and note in notes]
     for row in [row for row in rows if row["status"] == "not run"][-1:]:
@@ -458,24 +446,22 @@ class OneProcess(futures.Executor):
 
 def next_rungs(cell, rungs, cap):
     """The rungs that a ladder needs next. Runs side by side are cheap, so a network climbs a few
-    ahead; a rung that turns out to lie beyond its ladder's end does not count."""
+    ahead; those that turn out to lie beyond its end do not count."""
     climbed, P, _ = climb(cell, rungs, cap)
     if P is None:
         return []
     ahead = 2 if climbed else 3
+    if read_method(cell.method).learner.side == 1:
+        ahead = 1
     # one recovered rung: the next is likely to be the last
     if climbed and rungs[climbed[-1]].score.accuracy[cell.L - 2] >= RECOVERED:
-        ahead = 1
-    if read_method(cell.method).learner.side == 1:
         ahead = 1
     ladder = [P * RUNG**i for i in range(ahead)]
     return [P for P in ladder if P <= last_rung(cell, cap)[0] and P not in rungs]
 
 
 def next_batch(units, runs, cap, running):
-    """What to run next, (Cell, [(P, seed)]), or None. Takes out units that are done.
-
-    running: the (Cell, batch) that are under way."""
+    """What to run next, (Cell, [(P, seed)]), or None. Units that are done are taken out."""
     for cell, seeds in list(units):
         busy = {rung for other, batch in running if other == cell for rung in batch}
         ladders = {seed: runs.get((cell, seed), {}) for seed in seeds}
@@ -491,8 +477,7 @@ def next_batch(units, runs, cap, running):
 
 
 def seconds_left(cell, seeds, runs, cap):
-    """A guess at the core seconds until ladders are climbed: their rungs to come, each as long
-    as the cell's runs were on average."""
+    """A guess at what ladders still cost: the rungs to come, as long as the cell's were so far."""
     method = read_method(cell.method)
     ladders = [runs.get((cell, seed), {}) for seed in seeds]
     climbs = [climb(cell, rungs, cap) for rungs in ladders]
@@ -506,32 +491,24 @@ def seconds_left(cell, seeds, runs, cap):
 
 
 def units_of(cells, cap, rank, size):
-    """What one of torchrun's processes climbs, in order: [(Cell, seeds)].
-
-    Each rank finds all shares by itself, from what the cells cost before any run: there is no
-    connection to break or time out, and the folder is all that ranks have in common."""
-    costs, order = {}, {}
+    """What one of torchrun's processes climbs, in order: [(Cell, seeds)]. Each finds its share by
+    itself: there is no connection to break, and the folder is all that ranks have in common."""
+    costs = {}
     for cell, seeds in cells.items():
-        learner = read_method(cell.method).learner
-        order[cell] = learner.seconds, -cell.L
         # what does not train side by side can be shared out by seeds
-        for unit in [tuple(seeds)] if learner.side > 1 else [(seed,) for seed in seeds]:
+        is_whole = read_method(cell.method).learner.side > 1
+        for unit in [tuple(seeds)] if is_whole else [(seed,) for seed in seeds]:
             costs[cell, unit] = seconds_left(cell, unit, {}, cap)
-    loads, shares = [0.0] * size, [[] for _ in range(size)]
-    # the dearest first, each to the rank that has least to do
-    for unit in sorted(costs, key=costs.get, reverse=True):
-        least = loads.index(min(loads))
-        loads[least] += costs[unit]
-        shares[least].append(unit)
-    # quick learners can be read soon; the deepest of their cells first
-    return sorted(shares[rank], key=lambda unit: order[unit[0]])
+    # all ranks have some of the dear units and some of the cheap
+    share = sorted(costs, key=costs.get, reverse=True)[rank::size]
+    # quick learners first, so that they can be read soon
+    return sorted(share, key=lambda unit: read_method(unit[0].method).learner.seconds)
 
 
 def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
-    """Climb all ladders, in batches, in `jobs` processes, and put every finished run on disk.
+    """Climb all ladders of {Cell: seeds} in `jobs` processes; every finished run goes to disk.
 
-    cells: {Cell: seeds}. write_tables() is called now and then. Each of torchrun's `size`
-    processes climbs its share, and rank 0 returns when all are done."""
+    Each of torchrun's `size` processes climbs its share, and rank 0 returns when all are done."""
     units = units_of(cells, cap, rank, size)
     running = {}                            # future -> (Cell, batch)
     left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
@@ -621,8 +598,7 @@ class Folder:
     runs/, which nobody else writes; runs.csv and the tables are made from all these files."""
 
     def __init__(self, path, keys):
-        """Read what is there, and only then make what is missing. keys: of the learners that the
-        sweep will use. Raises Refused and OSError."""
+        """Check what is there, then make what is missing. keys: of the learners to be used."""
         self.path = path
         self.file = path / "runs" / f"{uuid.uuid4().hex[:12]}.csv"
         self.runs = {}  # {(Cell, seed): {P: Run}}
@@ -643,7 +619,7 @@ class Folder:
         self.file.parent.mkdir(exist_ok=True)
 
     def read_settings(self):
-        """What settings.json holds, {} if nothing is there. Raises Refused if it is not ours."""
+        """What settings.json holds, or {} in a new folder."""
         if not any((self.path / name).exists() for name in ("settings.json", "runs", *TABLES)):
             return {}
         try:
@@ -708,8 +684,7 @@ def line_of(values):
 
 
 def read_line(line):
-    """A line -> ((Cell, P, seed), level, other values). Raises what the columns' types do, and
-    ValueError, for what a sweep would not have written."""
+    """A line -> ((Cell, P, seed), level, other values), if a sweep would have written it."""
     values = [kind(text) for kind, text in zip(COLUMNS.values(), line.split(","), strict=True)]
     cell, (P, seed, level) = Cell(*values[:6]), values[6:9]
     check_sizes(*cell[1:5])
@@ -721,8 +696,7 @@ def read_line(line):
 
 
 def read_runs(file):
-    """A file of runs -> {(Cell, P, seed): Run}, without a last one that was cut short. Raises
-    OSError, and Refused, naming the line."""
+    """A file of runs -> {(Cell, P, seed): Run}, without a last one that was cut short."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if HEADER.startswith(text):
         return {}                           # killed before its first row
@@ -772,8 +746,7 @@ def span(low, high):
 
 
 def cells_from_flags(args):
-    """({Cell: seeds}, the cells that are left out unless asked for by name). Raises ValueError,
-    naming the flag, if one can't work."""
+    """({Cell: seeds}, the cells left out unless asked for by name), or a ValueError."""
     words = args.methods.split(",")
     named = [read_method(word).name for word in words if word != "all"]
     names = dict.fromkeys([*DEFAULT, *named] if "all" in words else named)
@@ -812,16 +785,20 @@ def draw(out):
         print(f"no picture: {reason.splitlines()[0]}")
 
 
-def what_ended(error, folder):
-    """What to say of a sweep that was ended from outside. A fault of ours is raised again."""
-    line = f"{type(error).__name__} {error}".splitlines()[0][:200]
-    if isinstance(error, RuntimeError) and "memory" not in line and "Broken" not in line:
+def end(error, folder):
+    """Leave with one line on what ended a sweep from outside. A fault of ours is raised again."""
+    line = str(error).partition("\n")[0][:200] or type(error).__name__
+    is_ours = isinstance(error, RuntimeError) and not isinstance(error, futures.BrokenExecutor)
+    if is_ours and "memory" not in line:
         raise error
     count = sum(map(len, folder.runs.values()))
     safe = f"{count} finished runs are safe in {folder.path}, the same command continues"
     if not folder.file.parent.is_dir():
         safe = f"{folder.path} is gone, and its runs with it"
-    return f"{'stopped' if isinstance(error, KeyboardInterrupt) else line}; {safe}"
+    print(f"\nsweep.py: {line}; {safe}", file=sys.stderr)
+    # SIGTERM comes with its name, Ctrl-C without
+    is_ctrl_c = isinstance(error, KeyboardInterrupt) and not error.args
+    raise SystemExit(130 if is_ctrl_c else 1) from None
 
 
 def main():
@@ -877,12 +854,7 @@ def main():
             return
         rows = write_tables()
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
-        line = what_ended(error, folder)
-        is_stop = isinstance(error, KeyboardInterrupt)
-        if rank == 0 or not is_stop:        # torchrun stops all ranks at once
-            print(f"\nsweep.py: {line}", file=sys.stderr)
-        # SIGTERM comes with its name, Ctrl-C without
-        raise SystemExit(130 if is_stop and not error.args else 1) from None
+        end(error, folder)
     print(tables(rows, is_long=False))
     # timings of several devices are mixed: say so
     devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}

@@ -1982,8 +1982,8 @@ def test_ranks_share_a_sweep_out_by_what_it_costs():
         shares = [sweep.units_of(cells, 1024, rank, size) for rank in range(size)]
         assert sorted(sum(shares, [])) == sorted(alone)
         costs = [[sweep.seconds_left(*unit, {}, 1024) for unit in share] for share in shares]
-        # no rank has more than another by more than its own smallest unit
-        assert all(sum(share) - min(share) <= min(map(sum, costs)) for share in costs if share)
+        # no rank has more than another by more than the dearest unit
+        assert max(map(sum, costs)) - min(map(sum, costs)) <= max(sum(costs, []))
 
 
 def test_torchrun_of_a_sweep_survives_a_killed_rank(tmp_path, monkeypatch, capsys):
