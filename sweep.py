@@ -165,9 +165,13 @@ Cell = namedtuple("Cell", "method v s m L zipf")
 Run = namedtuple("Run", "score seconds device")
 
 
+def learner_of(cell):
+    return read_method(cell.method).learner
+
+
 def first_rung(cell):
     """The P that a ladder starts at, a power of 2."""
-    start = read_method(cell.method).learner.first(cell.v, cell.s, cell.m)
+    start = learner_of(cell).first(cell.v, cell.s, cell.m)
     return 2 ** max(0, int(math.log2(start)))
 
 
@@ -197,7 +201,7 @@ def climb(cell, rungs, max_samples):
 
     Returns (climbed, P, end): the rungs that count, in order; the P to try next, or None; and
     why the ladder ends there, "" if level L-1 is recovered."""
-    is_network = read_method(cell.method).learner.sees is not None
+    is_network = learner_of(cell).sees is not None
     climbed, accuracy = [], []
     P = first_rung(cell)
     while P in rungs:
@@ -451,7 +455,7 @@ def next_rungs(cell, rungs, cap):
     if P is None:
         return []
     ahead = 2 if climbed else 3
-    if read_method(cell.method).learner.side == 1:
+    if learner_of(cell).side == 1:
         ahead = 1
     # one recovered rung: the next is likely to be the last
     if climbed and rungs[climbed[-1]].score.accuracy[cell.L - 2] >= RECOVERED:
@@ -469,7 +473,7 @@ def next_batch(units, runs, cap, running):
         batch = sorted(wanted - busy)
         if batch:
             # batches of about one size, the lowest rungs first
-            batches = math.ceil(len(batch) / read_method(cell.method).learner.side)
+            batches = math.ceil(len(batch) / learner_of(cell).side)
             return cell, batch[: math.ceil(len(batch) / batches)]
         if not wanted:
             units.remove((cell, seeds))
@@ -477,17 +481,18 @@ def next_batch(units, runs, cap, running):
 
 
 def seconds_left(cell, seeds, runs, cap):
-    """A guess at what ladders still cost: the rungs to come, as long as the cell's were so far."""
-    method = read_method(cell.method)
+    """What ladders may still cost: their rungs to come, as long as the cell's were so far."""
     ladders = [runs.get((cell, seed), {}) for seed in seeds]
     climbs = [climb(cell, rungs, cap) for rungs in ladders]
     # they are expected to end where the first has, and before that at 8 times the P* of theory
     ends = [climbed[-1] for climbed, P, _ in climbs if P is None]
-    power = cell.L + 1 if LAW.get(method.target) == "m" else 3
-    end = min(max(ends, default=8 * cell.v * cell.m**power), last_rung(cell, cap)[0])
+    is_steep = LAW.get(read_method(cell.method).target) == "m"
+    theory = cell.v * cell.m ** (cell.L + 1 if is_steep else 3)
+    end = min(max(ends, default=8 * theory), last_rung(cell, cap)[0])
     to_come = sum(1 + max(0, int(math.log2(end / P))) for _, P, _ in climbs if P)
     times = [run.seconds for rungs in ladders for run in rungs.values()]
-    return to_come * (np.mean(times) if times else method.learner.seconds * cell.s**cell.L)
+    guess = learner_of(cell).seconds * cell.s**cell.L
+    return to_come * (np.mean(times) if times else guess)
 
 
 def units_of(cells, cap, rank, size):
@@ -496,13 +501,13 @@ def units_of(cells, cap, rank, size):
     costs = {}
     for cell, seeds in cells.items():
         # what does not train side by side can be shared out by seeds
-        is_whole = read_method(cell.method).learner.side > 1
+        is_whole = learner_of(cell).side > 1
         for unit in [tuple(seeds)] if is_whole else [(seed,) for seed in seeds]:
             costs[cell, unit] = seconds_left(cell, unit, {}, cap)
     # all ranks have some of the dear units and some of the cheap
     share = sorted(costs, key=costs.get, reverse=True)[rank::size]
     # quick learners first, so that they can be read soon
-    return sorted(share, key=lambda unit: read_method(unit[0].method).learner.seconds)
+    return sorted(share, key=lambda unit: learner_of(unit[0]).seconds)
 
 
 def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
@@ -511,7 +516,8 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
     Each of torchrun's `size` processes climbs its share, and rank 0 returns when all are done."""
     units = units_of(cells, cap, rank, size)
     running = {}                            # future -> (Cell, batch)
-    left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
+    expect = lambda cell: seconds_left(cell, cells[cell], folder.runs, cap)
+    left = {cell: expect(cell) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=1, bar_format=layout, smoothing=0, disable=rank > 0)
     began = due = time.time()               # due: the next tables
@@ -537,7 +543,7 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
                 cell, _ = running.pop(future)
                 found = future.result()
                 folder.append(cell, found)
-                left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
+                left[cell] = expect(cell)
                 report(cell, found, folder.runs, is_done=left[cell] == 0)
             # the bar's unit is a second
             bar.n = time.time() - began
@@ -549,7 +555,7 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
                 with suppress(OSError):     # held by another program, perhaps
                     write_tables()
                 due = time.time() + max(1, 20 * (time.time() - start))
-                left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
+                left = {cell: expect(cell) for cell in cells}
     finally:
         # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
@@ -562,9 +568,9 @@ def report(cell, found, runs, is_done):
     """Print which runs of a batch diverged, and the P50 of a cell that is done."""
     name = f"{cell.method} L={cell.L} m={cell.m}"
     for (P, seed), run in found.items():
-        if run.score.diverged:
-            where = f"{name} P={P} seed {seed}"
-            tqdm.write(f"{where}: loss not finite at step {run.score.diverged}, not recovered")
+        step = run.score.diverged
+        if step:
+            tqdm.write(f"{name} P={P} seed {seed}: loss not finite at step {step}")
     if is_done:
         (row,) = summarise({key: runs[key] for key in runs if key[0] == cell}, {})
         tqdm.write(f"{name}: P50 = {cell_text(row, '', is_long=True)}")
@@ -581,12 +587,11 @@ COLUMNS = {
     "P": whole(1, 2**40), "seed": whole(0), "level": whole(1), "accuracy": real(0, 1),
     "floor": lambda text: real(0, 1)(text) if text else None,
     "seconds": real(0, 1e9), "device": lambda text: str(torch.device(text)),
-    # "", "collapsed" or "diverged@STEP"
-    "mark": lambda text: text and ("collapsed" if text[0] == "c" else f"diverged@{int(text[9:])}"),
+    "mark": lambda text: f"diverged@{int(text[9:])}" if "@" in text else text and "collapsed",
 }
 DIGITS = {"zipf": "g", "accuracy": ".6f", "floor": ".6f", "seconds": ".3f"}
 HEADER = ",".join(COLUMNS) + "\n"
-TABLES = ("runs.csv", "samples_vs_depth.csv", "samples_vs_depth.md")
+OURS = "settings.json", "runs", "runs.csv", "samples_vs_depth.csv", "samples_vs_depth.md"
 
 
 class Refused(ValueError):
@@ -615,12 +620,12 @@ class Folder:
                 if here != value:
                     raise Refused(f"out: made with {key}'s {name} = {value}, which is now {here}")
         path.mkdir(parents=True, exist_ok=True)
-        self.write("settings.json", json.dumps(settings, indent=1))
+        self.write("settings.json", json.dumps(settings, indent=1) + "\n")
         self.file.parent.mkdir(exist_ok=True)
 
     def read_settings(self):
         """What settings.json holds, or {} in a new folder."""
-        if not any((self.path / name).exists() for name in ("settings.json", "runs", *TABLES)):
+        if not any((self.path / name).exists() for name in OURS):
             return {}
         try:
             stored = json.loads((self.path / "settings.json").read_bytes())
@@ -638,13 +643,14 @@ class Folder:
                     self.runs.setdefault((cell, seed), {}).setdefault(P, run)
 
     def write(self, name, text):
-        write_whole(self.path / name, lambda file: file.write(f"{text}\n".encode()))
+        write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def append(self, cell, found):
         """Put finished runs, {(P, seed): Run}, on disk and into self.runs."""
         lines = [] if self.file.exists() else [HEADER]
         for (P, seed), run in found.items():
-            lines += reversed(lines_of(cell, P, seed, run))  # level 1 last: a run with it is whole
+            # level 1 comes last: a run with it is whole
+            lines += reversed(lines_of(cell, P, seed, run))
         with open(self.file, "ab") as file:
             file.write("".join(lines).encode())
         for (P, seed), run in found.items():
@@ -653,15 +659,17 @@ class Folder:
     def write_tables(self, caps, unrun):
         """Make runs.csv and both tables from all files as they are now. Returns the rows."""
         self.read()
-        lines = [HEADER]
-        for cell, seed in sorted(self.runs, key=lambda ladder: (row_order(ladder[0]), ladder[1])):
+        lines = []
+        for cell, seed in sorted(self.runs, key=lambda key: (row_order(key[0]), key[1])):
             for P, run in sorted(self.runs[cell, seed].items()):
                 lines += lines_of(cell, P, seed, run)
+        self.write("runs.csv", HEADER + "".join(lines))
         rows = summarise(self.runs, caps, unrun)
-        table = [",".join(str(row.get(column, "")) for column in TABLE) for row in rows]
-        texts = "".join(lines)[:-1], "\n".join([",".join(TABLE), *table]), tables(rows, True)
-        for name, text in zip(TABLES, texts):
-            self.write(name, text)
+        text = ",".join(TABLE) + "\n"
+        for row in rows:
+            text += ",".join(str(row.get(column, "")) for column in TABLE) + "\n"
+        self.write("samples_vs_depth.csv", text)
+        self.write("samples_vs_depth.md", tables(rows, is_long=True) + "\n")
         return rows
 
 
@@ -669,7 +677,9 @@ def lines_of(cell, P, seed, run):
     """The lines of one run in a file, from level 1 up; no value holds a comma or a quote."""
     lines, score = [], run.score
     for i, accuracy in enumerate(score.accuracy):
-        mark = f"diverged@{score.diverged}" if score.diverged else "collapsed" * score.collapsed[i]
+        mark = "collapsed" if score.collapsed[i] else ""
+        if score.diverged:
+            mark = f"diverged@{score.diverged}"
         floor = score.floor[i] if score.floor else None
         values = accuracy, floor, run.seconds, run.device, mark
         lines.append(line_of([*cell, P, seed, i + 1, *values]))
