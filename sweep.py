@@ -406,10 +406,10 @@ def tables(rows, is_long):
         if exponent and is_long:
             text.append(f"{size}, exponent of m in P* {exponent} {min(stars)}..{max(stars)}")
     # only the marks that stand above are explained
-    text += [f"{mark} {note}" for note, mark in MARKS.items() if mark and note in notes]
+    legend = [f"{mark} {note}" for note, mark in MARKS.items() if mark and note in notes]
     for row in [row for row in rows if row["status"] == "not run"][-1:]:
-        text.append(f"--methods {row['method']} --depth {row['L']} runs the last of these")
-    return "\n\n".join(text)
+        legend.append(f"--methods {row['method']} --depth {row['L']} runs the last of these")
+    return "\n\n".join([*text, ", ".join(legend)]).rstrip()
 
 
 # ----------------------------------------------------------------------------------------
@@ -797,18 +797,18 @@ def draw(out):
 
 def end(error, folder):
     """Leave with one line on what ended a sweep from outside. A fault of ours is raised again."""
+    is_stop = isinstance(error, KeyboardInterrupt)
     line = str(error).partition("\n")[0][:200] or type(error).__name__
-    is_ours = isinstance(error, RuntimeError) and not isinstance(error, futures.BrokenExecutor)
-    if is_ours and "memory" not in line:
+    from_pool = isinstance(error, futures.BrokenExecutor)
+    if isinstance(error, RuntimeError) and not from_pool and "memory" not in line:
         raise error
     count = sum(map(len, folder.runs.values()))
     safe = f"{count} finished runs are safe in {folder.path}, the same command continues"
     if not folder.file.parent.is_dir():
         safe = f"{folder.path} is gone, and its runs with it"
-    print(f"\nsweep.py: {line}; {safe}", file=sys.stderr)
+    print(f"\nsweep.py: {'stopped' if is_stop else line}; {safe}", file=sys.stderr)
     # SIGTERM comes with its name, Ctrl-C without
-    is_ctrl_c = isinstance(error, KeyboardInterrupt) and not error.args
-    raise SystemExit(130 if is_ctrl_c else 1) from None
+    raise SystemExit(130 if is_stop and not error.args else 1) from None
 
 
 def main():
