@@ -1,6 +1,5 @@
 """
 The table: how many samples P* each learner needs, against the depth of the grammar.
-Learners x targets x depths.
 
     python sweep.py --depth 2..6                        the table of the README
     python sweep.py --depth 5 --methods data2vec        a cell that it leaves out
@@ -9,7 +8,7 @@ Learners x targets x depths.
     torchrun --nproc-per-node 4 -- sweep.py --depth 2..6    processes share one sweep
 
 A method is a learner, after a dash its target (own latents if there is none), and after
-colons any of the learner's settings. Every method has rows of its own.
+colons any of the learner's settings.
 
 For every method, size, depth and seed the sweep climbs a *ladder* of sample sizes P, each
 twice the last. One seed is one fresh grammar and one fresh sample. A ladder ends
@@ -22,14 +21,8 @@ twice the last. One seed is one fresh grammar and one fresh sample. A ladder end
 P50 is the smallest P from which the accuracy is above 0.5 on two rungs in a row,
 interpolated in log P; P90 is the same for 0.9. What higher rungs bring changes neither.
 
-It writes to --out
-  runs/*.csv               a row for every run and level, as soon as the run is finished: one
-                           file for every command, which only ever grows
-  runs.csv                 the rungs of all ladders, put together and in order
-  samples_vs_depth.csv     a row for every method, size and depth
-  samples_vs_depth.md      the same as a table to read; a shorter one is printed
-  samples_vs_depth.png     drawn by plot.py, where matplotlib is installed
-  settings.json            what the rows don't say: the settings of the sweep and the learners
+It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
+(samples_vs_depth.csv, .md, .png) and, in settings.json, what the rows don't say.
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
 """
 
@@ -39,17 +32,16 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import uuid
 from argparse import ArgumentTypeError
-from collections import Counter, namedtuple
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from collections import namedtuple
+from concurrent import futures
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -90,7 +82,7 @@ class Learner(NamedTuple):
     check_size: Callable = lambda *sizes, **settings: None
     first: Callable = lambda v, s, m: v * m  # P of the lowest rung, to be rounded down
     sees: Callable = None       # (v, settings) -> strings seen in all its steps, if they end
-    seconds: Callable = lambda tokens, P: 1.0    # a guess at a run of s^L tokens on one core
+    seconds: float = 0.1        # a guess at a run on one core, for each token of a string
     side: int = 1               # runs in one call, at most: networks train them side by side
     seeds: int = 5              # by default
 
@@ -101,24 +93,16 @@ def ours(file, **more):
 
 
 LEARNERS = {
-    "cluster": ours(
-        cluster,
-        first=lambda v, s, m: v * m / (2 * s),  # fewer than half of the top tuples can be seen
-        seconds=lambda tokens, P: 0.03 + 1e-8 * P * tokens,
-    ),
+    # a ladder begins where fewer than half of the top tuples can be seen
+    "cluster": ours(cluster, first=lambda v, s, m: v * m / (2 * s), seconds=0.005),
+    # a network's cell begins with three rungs of its three seeds
     "predictor": ours(
-        predictor,
-        first=lambda v, s, m: v * m**2,
+        predictor, first=lambda v, s, m: v * m**2, seconds=0.45, side=9, seeds=3,
         sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
-        seconds=lambda tokens, P: 0.45 * tokens,
-        side=9, seeds=3,  # three rungs of three seeds
     ),
     "data2vec": ours(
-        data2vec,
-        first=lambda v, s, m: v * m**3,
+        data2vec, first=lambda v, s, m: v * m**3, seconds=2.3, side=9, seeds=3,
         sees=lambda v, settings: settings.steps * settings.batch,
-        seconds=lambda tokens, P: 2.3 * tokens,
-        side=9, seeds=3,  # three rungs of three seeds
     ),
 }
 # the rows of the first table, and the depth up to which they are run unless asked for
@@ -127,34 +111,32 @@ DEFAULT = {
     "predictor": 4, "predictor-token": 3, "data2vec": 3, "data2vec-token": 3,
 }
 # how P* grows with every level in the theory, for each target
-GROWTH = {
-    "latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m",
-}
+LAW = {"latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m"}
 
 
-# a method's name, taken apart: in its one spelling, the learner's key in LEARNERS, the Learner,
-# the target, {setting: value} as the name gives them, and an object with all settings
+# a method's name, taken apart: its one spelling, the Learner and its key in LEARNERS, the target,
+# {setting: value} as the name gives them, and an object with all settings
 Method = namedtuple("Method", "name key learner target given settings")
 
 
 @lru_cache(maxsize=None)
 def read_method(text):
-    """LEARNER-TARGET:SETTING=VALUE:... -> Method. Its name leaves out what changes nothing, and
-    has the settings in the table's order. Raises ValueError if the text has no meaning."""
+    """LEARNER-TARGET:SETTING=VALUE:... -> Method, or a ValueError if that has no meaning."""
     words, *changes = text.split(":")
     key, _, target = words.partition("-")
     target = target or "latent"
-    if key not in LEARNERS or target not in LEARNERS[key].targets:
-        known = [f"{name}-{target}" for name in LEARNERS for target in LEARNERS[name].targets]
+    known = [f"{key}-{target}" for key in LEARNERS for target in LEARNERS[key].targets]
+    if f"{key}-{target}" not in known:
         near = difflib.get_close_matches(words, [*LEARNERS, *known], 3) or known
-        raise ValueError(f"{words[:60]!r} is no learner and target; there is {', '.join(near)}")
+        raise ValueError(f"methods: no learner {words[:60]!r}; there is {', '.join(near)}")
 
     given = {}
     for change in changes:
         setting, equals, value = change.partition("=")
+        setting = setting.replace("-", "_")
         if not equals or setting in given:
-            raise ValueError(f"{text[:60]!r}: settings are written :name=value, each once")
-        given[setting.replace("-", "_")] = value
+            raise ValueError("methods: settings are written :name=value, each once")
+        given[setting] = value
     learner = LEARNERS[key]
     usual = next(iter(learner.presets))
     preset = given.get("preset", usual)
@@ -162,18 +144,15 @@ def read_method(text):
         settings = read_settings(learner.settings, learner.presets, given)
         base = read_settings(learner.settings, learner.presets, {"preset": preset})
     except ValueError as error:
-        raise ValueError(f"{text[:60]!r}: {error}") from None
+        raise ValueError(f"methods: {words}: {error}") from None
 
-    name = key
-    if target != "latent":
-        name += f"-{target}"
+    # a setting stands in the name only where it differs from the preset's
+    name = key if target == "latent" else f"{key}-{target}"
     if preset != usual:
         name += f":preset={preset}"
-    # a setting stands in the name only where it differs from the preset's
-    for row in learner.settings:
-        value = getattr(settings, row.name)
-        if value != getattr(base, row.name):
-            name += f":{row.name}={value}"
+    for setting, value in vars(settings).items():
+        if value != getattr(base, setting):
+            name += f":{setting}={value}"
     return Method(name, key, learner, target, given, settings)
 
 
@@ -188,33 +167,34 @@ Run = namedtuple("Run", "score seconds device")
 
 
 def learner_of(cell):
-    return read_method(cell.method).key
+    return read_method(cell.method).learner
 
 
 def first_rung(cell):
     """The P that a ladder starts at, a power of 2."""
-    start = read_method(cell.method).learner.first(cell.v, cell.s, cell.m)
+    start = learner_of(cell).first(cell.v, cell.s, cell.m)
     return 2 ** max(0, int(math.log2(start)))
 
 
 @lru_cache(maxsize=None)
-def last_rung(cell):
-    """The P beyond which no rung is worth climbing, or fits into memory, and the reason."""
+def last_rung(cell, max_samples):
+    """The highest P of a ladder, and why it ends there, if not before."""
     method = read_method(cell.method)
     learner = method.learner
-    last, reason = 2**40, "beyond Pmax"
+    highest, reason = 2**40, "beyond Pmax"
     online = getattr(method.settings, "online", False)  # then the steps follow from P
     if learner.sees and not online:
-        last, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
-    # memory grows with P: the first that does not fit ends the ladder
+        highest, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
     P = first_rung(cell)
-    while P <= last:
+    while P <= highest:
         try:
-            learner.check_size(cell.v, cell.s, cell.m, cell.L, P, method.target, **method.given)
+            learner.check_size(*cell[1:5], P, method.target, **method.given)
         except ValueError:
             return P // RUNG, "limited by memory"
+        if P > max_samples:
+            return P // RUNG, "beyond Pmax"
         P *= RUNG
-    return last, reason
+    return P // RUNG, reason
 
 
 def climb(cell, rungs, max_samples):
@@ -222,8 +202,7 @@ def climb(cell, rungs, max_samples):
 
     Returns (climbed, P, end): the rungs that count, in order; the P to try next, or None; and
     why the ladder ends there, "" if level L-1 is recovered."""
-    is_network = read_method(cell.method).learner.sees is not None
-    last, reason = last_rung(cell)
+    is_network = learner_of(cell).sees is not None
     climbed, accuracy = [], []
     P = first_rung(cell)
     while P in rungs:
@@ -236,11 +215,14 @@ def climb(cell, rungs, max_samples):
         if is_network and best_before > 0.5 and max(accuracy[-PLATEAU:]) < best_before + RISE:
             return climbed, None, "limited by steps"
         P *= RUNG
+    last, reason = last_rung(cell, max_samples)
     if P > last:
         return climbed, None, reason
-    if P > max_samples:
-        return climbed, None, "beyond Pmax"
     return climbed, P, "not finished"
+
+
+# ----------------------------------------------------------------------------------------
+# the statistics: "stars" are [(P*, sign) of every seed], see crossing
 
 
 def crossing(P, accuracy, threshold):
@@ -261,89 +243,42 @@ def crossing(P, accuracy, threshold):
     return float(max(p for p, a in zip(P, above) if not a)), 1
 
 
-# ----------------------------------------------------------------------------------------
-# the statistics: "stars" are [(P*, sign) of every seed], see crossing
+def estimate(groups, weights=(1.0,), scale=math.exp, digits=0):
+    """scale(sum_i weights[i] * mean log P* of groups[i]) as texts, groups being lists of stars.
 
-
-def mean_star(stars):
-    """The geometric mean of P* and its sign. A mean with seeds beyond their ladders is a bound
-    itself: from below (1), from above (-1), or none (None) with seeds on both sides."""
-    mean = float(np.exp(np.mean([np.log(P) for P, _ in stars])))
-    signs = {sign for _, sign in stars}
-    if {-1, 1} <= signs:
-        return mean, None
-    return mean, sum(signs)
-
-
-def log_interval(groups, weights):
-    """The 95 % bootstrap interval of sum_i weights[i] * (mean log P* of groups[i]), (low, high);
-    None if a seed lies beyond its ladder, or no group has two. groups: lists of stars."""
-    is_bound = any(sign for stars in groups for _, sign in stars)
-    if is_bound or max(len(stars) for stars in groups) == 1:
-        return None
+    Returns (value, low, high): with the ends of the 95 % bootstrap interval over seeds, "" if no
+    group has two. Seeds beyond their ladders make the value a bound, "> 412" or "< 16", without
+    an interval, or "?" if they pull both ways."""
+    logs = [np.log([P for P, _ in stars]) for stars in groups]
+    value = scale(sum(weight * log.mean() for weight, log in zip(weights, logs)))
+    value = f"{value:.{digits}f}"
+    signs = [weight * sign for weight, stars in zip(weights, groups) for _, sign in stars]
+    if min(signs) < 0 < max(signs):
+        return "?", "", ""
+    if any(signs):
+        return ("> " if max(signs) > 0 else "< ") + value, "", ""
+    if max(map(len, logs)) == 1:
+        return value, "", ""
     random = np.random.default_rng(0)
-    means = []
-    for stars in groups:
-        values = np.log([P for P, _ in stars])
-        means.append(random.choice(values, size=(BOOTSTRAP, len(values))).mean(1))
-    low, high = np.percentile(weights @ np.stack(means), [2.5, 97.5])
-    return float(low), float(high)
+    means = [random.choice(log, size=(BOOTSTRAP, len(log))).mean(1) for log in logs]
+    ends = np.percentile(weights @ np.stack(means), [2.5, 97.5])
+    return value, *(f"{scale(end):.{digits}f}" for end in ends)
 
 
-def interval(stars):
-    """The 95 % interval of the mean P*, (low, high), or None; see log_interval."""
-    found = log_interval([stars], np.ones(1))
-    return found and (math.exp(found[0]), math.exp(found[1]))
-
-
-def slope(points):
-    """How log P* rises with x: least squares over the seeds' means.
-
-    points: {x: stars}, two or more. Returns (slope, low, high, sign), see log_interval. A P* known
-    from below at a large x makes it a lower bound (sign 1, no interval); with any other bound
-    it is not known (None)."""
-    x = np.array(sorted(points), float)
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    groups = [points[k] for k in sorted(points)]
-    means = [mean_star(stars) for stars in groups]
-    # bounds help only where the true P* would make the slope larger
-    for (_, sign), weight in zip(means, weights):
-        if sign is None or sign * weight < 0:
-            return None
-    value = float(weights @ np.log([mean for mean, _ in means]))
-    low, high = log_interval(groups, weights) or (None, None)
-    return value, low, high, int(any(sign for _, sign in means))
-
-
-# ----------------------------------------------------------------------------------------
-# the tables
-
-
-TABLE = (
-    "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,P50_over_vm3,"
-    "root_P50,root_P50_lo,root_P50_hi,floor,root_floor,seeds,censored,status"
-).split(",")
-# why a P50 is a bound, the worst first, and its mark behind a printed P50
-STATUS = {
-    "diverged": "x", "not finished": "..", "limited by memory": "m", "limited by steps": "s",
-    "beyond Pmax": "", "below Pmin": "",
-}
-
-
-class Measure(NamedTuple):
-    """What the seeds of one cell say of level L-1, or of the root."""
-
-    P50: list        # (P*, sign) of every seed, see crossing
-    P90: list
-    interval: tuple  # of the mean P50, None if there is none
-    censored: int    # seeds with a P50 beyond their ladders
-    floor: float     # mean accuracy before any training; None if not reported
-    status: str      # of STATUS, "" if P50 is no bound
+def slope(points, scale):
+    """How log P* rises with x, {x: stars}, by least squares: a text, "" for fewer than two x."""
+    if len(points) < 2:
+        return ""
+    x = np.array(list(points), float)
+    x -= x.mean()
+    value, low, high = estimate(list(points.values()), x / (x**2).sum(), scale, 2)
+    return f"{value} [{low}, {high}]" if low else value
 
 
 def measure(cell, ladders, level, cap):
-    """The Measure of one level, None if no run reports it. ladders: [{P: Run} of every seed]."""
-    P50, P90, floors, bounds = [], [], [], set()
+    """What the seeds say of one level: {column of the table: value}, their stars, and notes of
+    MARKS; {} if no run reports it. ladders: [{P: Run} of every seed]."""
+    P50, P90, floors, notes = [], [], [], set()
     for rungs in ladders:
         climbed, _, end = climb(cell, rungs, cap)
         scores = [rungs[P].score for P in climbed]
@@ -354,194 +289,128 @@ def measure(cell, ladders, level, cap):
         P90.append(crossing(climbed, accuracy, 0.9))
         floors += [score.floor[level - 1] for score in scores if score.floor]
         # why P* is a bound
-        sign = P50[-1][1]
+        _, sign = P50[-1]
         if sign > 0 or end == "not finished":
-            bounds.add(end or "beyond Pmax")
+            notes.add(end or "beyond Pmax")
         if sign < 0:
-            bounds.add("below Pmin")
+            notes.add("below Pmin")
         if any(score.diverged for score in scores):
-            bounds.add("diverged")
+            notes.add("diverged")
     if not P50:
-        return None
-    censored = sum(sign != 0 for _, sign in P50)
-    floor = sum(floors) / len(floors) if floors else None
-    status = next((status for status in STATUS if status in bounds), "")
-    return Measure(P50, P90, interval(P50), censored, floor, status)
+        return {}
+    found = {"stars": P50, "seeds": len(P50), "censored": sum(sign != 0 for _, sign in P50)}
+    found["status"] = next((note for note in MARKS if note in notes), "")
+    found["P50"], found["P50_lo"], found["P50_hi"] = estimate([P50])
+    found["P90"], _, _ = estimate([P90])
+    if not found["censored"]:
+        mean = math.exp(np.mean([math.log(P) for P, _ in P50]))
+        found["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
+    if floors:
+        found["floor"] = f"{np.mean(floors):.3f}"
+    # and what else its marks say
+    if floors and np.mean(floors) > 0.5:
+        notes.add("untrained above 0.5")
+    if len(P50) == 1:
+        notes.add("one seed")
+    return found | {"notes": notes}
 
 
-def summarise(runs, caps):
-    """{(Cell, seed): {P: Run}} -> {(Cell, "tree" or "root"): Measure}, in the order of the rows.
-
-    caps: {Cell: the longest P that this sweep allows}. A cell of another sweep counts as climbed
-    to its end where its highest seed stands."""
-    ladders, measures = {}, {}
-    for cell, seed in sorted(runs, key=lambda ladder: row_order(*ladder)):
-        ladders.setdefault(cell, []).append(runs[cell, seed])
-    for cell, seeds in ladders.items():
-        cap = caps.get(cell) or max(max(rungs) for rungs in seeds)
-        for part, level in (("tree", cell.L - 1), ("root", cell.L)):
-            found = measure(cell, seeds, level, cap)
-            if found:
-                measures[cell, part] = found
-    return measures
+# ----------------------------------------------------------------------------------------
+# the tables
 
 
-def row_order(cell, seed=0):
+TABLE = (
+    "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,P50_over_vm3,"
+    "root_P50,root_P50_lo,root_P50_hi,floor,root_floor,seeds,censored,status"
+).split(",")
+# what there is to say of a P50, the worst first, and its mark in the tables to read
+MARKS = {
+    "diverged": "x", "not finished": "..", "limited by memory": "m", "limited by steps": "s",
+    "beyond Pmax": "", "below Pmin": "", "not run": "-",
+    "untrained above 0.5": "!", "one seed": "~",  # which are no status
+}
+
+
+def row_order(cell):
     """Sizes, then learners, then methods in the order of DEFAULT, then all others."""
-    learner = list(LEARNERS).index(learner_of(cell))
+    learner = list(LEARNERS).index(read_method(cell.method).key)
     names = [*DEFAULT, cell.method]
-    return cell.v, cell.s, cell.m, cell.zipf, learner, names.index(cell.method), cell, seed
+    return cell.v, cell.s, cell.m, cell.zipf, learner, names.index(cell.method), cell
 
 
-def star_text(stars):
-    """[(P*, sign) of every seed] -> "412", "> 1024", "< 16" or "?"."""
-    mean, sign = mean_star(stars)
-    bounds = {0: "", 1: "> ", -1: "< "}
-    return "?" if sign is None else f"{bounds[sign]}{mean:.0f}"
+def summarise(runs, caps, unrun=()):
+    """Runs, {(Cell, seed): {P: Run}}, and cells not run -> the table's rows, {column: value}.
+
+    caps: {Cell: the longest P of this sweep}; other cells are as long as their longest ladder."""
+    ladders = {cell: [] for cell in unrun}
+    for cell, seed in sorted(runs):
+        ladders.setdefault(cell, []).append(runs[cell, seed])
+    rows = []
+    for cell in sorted(ladders, key=row_order):
+        seeds = ladders[cell]
+        cap = caps.get(cell) or max((max(rungs) for rungs in seeds), default=0)
+        row = {"stars": [], "P50": "", "seeds": 0, "status": "not run", "notes": {"not run"}}
+        row |= cell._asdict() | measure(cell, seeds, cell.L - 1, cap)
+        root = measure(cell, seeds, cell.L, cap)
+        rows.append(row | {f"root_{column}": value for column, value in root.items()})
+    return rows
 
 
-def short_text(found):
-    """A cell of the printed table."""
-    text = star_text(found.P50).replace(" ", "") + STATUS.get(found.status, "")
-    return text + "!" if found.floor and found.floor > 0.5 else text  # says little
+def cell_text(row, part, is_long):
+    """A cell of a table to read. part: "" for level L-1, "root_" for the root."""
+    text = row[part + "P50"].replace(" ", "")
+    text += "".join(mark for note, mark in MARKS.items() if note in row[part + "notes"])
+    low, high = row.get(part + "P50_lo"), row.get(part + "P50_hi")
+    return f"{text} [{low}, {high}]" if is_long and low else text
 
 
-def long_text(found):
-    """A cell of samples_vs_depth.md: with the interval over the seeds, and what limits it."""
-    text = star_text(found.P50)
-    if found.interval:
-        text += " [{:.0f}, {:.0f}]".format(*found.interval)
-    notes = []
-    if found.censored:
-        notes.append(f"{found.censored} of {len(found.P50)} seeds")
-    if len(found.P50) == 1:
-        notes.append("one seed")
-    if STATUS.get(found.status):            # "> " or "< " says the others
-        notes.append(found.status)
-    if found.floor is not None:
-        notes.append(f"untrained {found.floor:.2f}")
-    return f"{text} ({', '.join(notes)})" if notes else text
+def size_table(size, rows, is_long):
+    """The rows of one size as lines, a table in Markdown: a line for every method, then for
+    every root. Growth is counted from L = 3 on, as a tree of depth 2 has no cousins but under
+    the root; its column ends with the depths that it covers."""
+    depths = sorted({row["L"] for row in rows})
+    table = [[size, *(f"L={L}" for L in depths), "growth a level, L", "law"]]
+    names = dict.fromkeys(row["method"] for row in rows)
+    for part, name in itertools.product(("", "root_"), names):
+        line = {row["L"]: row for row in rows if row["method"] == name and part + "stars" in row}
+        stars = {L: row[part + "stars"] for L, row in line.items() if L > 2 and row["stars"]}
+        growth = slope(stars, math.exp)
+        if growth:
+            growth += f" {min(stars)}..{max(stars)}"
+        cells = [cell_text(line[L], part, is_long) if L in line else "" for L in depths]
+        if part:                            # of which the theory does not speak
+            name, law = f"{name}, root", ""
+        else:
+            law = LAW.get(read_method(name).target, "")
+        if line:
+            table.append([name, *cells, growth, law])
+
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in table]
+    return "\n".join(" | ".join(line).rstrip() for line in lines)
 
 
-def slope_text(points, scale):
-    """The slope over {x: stars} with its interval, or as a bound; "" if there is none."""
-    found = slope(points) if len(points) > 1 else None
-    if found is None:
-        return ""
-    value, low, high, bound = found
-    text = f"{scale(value):.2f}"
-    if bound:
-        return f">= {text}"
-    return text if low is None else f"{text} [{scale(low):.2f}, {scale(high):.2f}]"
-
-
-def table_row(cell, measures):
-    """A row of samples_vs_depth.csv as {column: value}."""
-    row = {"seeds": 0, "status": "not run"} | cell._asdict()
-    for part, prefix in (("tree", ""), ("root", "root_")):
-        found = measures.get((cell, part))
-        if not found:
-            continue
-        row[prefix + "P50"] = star_text(found.P50)
-        if found.interval:
-            row[prefix + "P50_lo"] = f"{found.interval[0]:.0f}"
-            row[prefix + "P50_hi"] = f"{found.interval[1]:.0f}"
-        if found.floor is not None:
-            row[prefix + "floor"] = f"{found.floor:.3f}"
-        if part == "tree":
-            row |= {"P90": star_text(found.P90), "seeds": len(found.P50)}
-            row |= {"censored": found.censored, "status": found.status}
-            mean, sign = mean_star(found.P50)
-            if sign == 0:
-                row["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
-    return row
-
-
-def depth_tables(measures, unrun, cell_text):
-    """A table for every size, as lists of texts: a row for every method, then one for every root.
-
-    Growth is counted from L = 3 on, as a tree of depth 2 has no cousins but under the root; its
-    column ends with the depths that it covers."""
-    sizes = {}  # (v, s, m, zipf) -> {(part, method): {L: Measure or None}}
-    for cell, part in [*measures, *((cell, "tree") for cell in unrun)]:
-        rows = sizes.setdefault((cell.v, cell.s, cell.m, cell.zipf), {})
-        rows.setdefault((part, cell.method), {})[cell.L] = measures.get((cell, part))
-
-    tables = []
-    for (v, s, m, zipf), rows in sorted(sizes.items()):
-        depths = sorted({L for row in rows.values() for L in row})
-        title = f"v={v} s={s} m={m}" + (f" zipf={zipf:g}" if zipf else "")
-        table = [[title, *(f"L={L}" for L in depths), "growth a level, L", "law"]]
-        for part, method in sorted(rows, key=lambda row: row[0] == "root"):
-            found = rows[part, method]
-            texts = dict.fromkeys(depths, "")
-            for L in found:
-                texts[L] = cell_text(found[L]) if found[L] else "-"
-            deep = {L: found[L].P50 for L in found if found[L] and L > 2}
-            growth = slope_text(deep, math.exp)
-            if growth:
-                growth += f" {min(deep)}..{max(deep)}"
-            name, law = f"{method}, root", ""
-            if part == "tree":
-                name = method
-                # the theory speaks of the tree, and of the learners of the first table
-                if read_method(method).key in DEFAULT:
-                    law = GROWTH.get(read_method(method).target, "")
-            table.append([name, *texts.values(), growth, law])
-        tables.append(table)
-    return tables
-
-
-def printed_tables(measures, unrun):
-    """The tables for the terminal, five depths side by side, and what their marks mean."""
-    lines = []
-    for table in depth_tables(measures, unrun, short_text):
-        last = len(table[0]) - 2            # of the depths' columns
-        # a wide table wraps, with its name, growth and law in every part
-        for start in range(1, last, 5):
-            stop = min(start + 5, last)
-            part = [[row[0], *row[start:stop], *row[-2:]] for row in table]
-            widths = [max(map(len, column)) for column in zip(*part)]
-            for name, *cells in part:
-                line = name.ljust(widths[0])
-                for cell, width in zip(cells, widths[1:]):
-                    line += "  " + cell.rjust(width)
-                lines.append(line.rstrip())
+def tables(rows, is_long):
+    """The tables to read. The long ones have intervals, and how P* rises with m."""
+    sizes, over_m, notes = {}, {}, set()
+    for row in rows:
+        size = "v={v} s={s} m={m} zipf={zipf:g}".format(**row).removesuffix(" zipf=0")
+        sizes.setdefault(size, []).append(row)
+        notes |= row["notes"] | row.get("root_notes", set())
+        if row["stars"]:
+            size = "{method}: v={v} s={s} L={L} zipf={zipf:g}".format(**row)
+            over_m.setdefault(size, {})[row["m"]] = row["stars"]
+    text = [size_table(size, sizes[size], is_long) for size in sizes]
+    for size, stars in over_m.items():
+        exponent = slope({math.log(m): stars[m] for m in stars}, float)
+        if exponent and is_long:
+            text.append(f"{size}, exponent of m in P* {exponent} {min(stars)}..{max(stars)}")
     # only the marks that stand above are explained
-    used = {found.status for found in measures.values()}
-    lines += [f"{sign}  {status}" for status, sign in STATUS.items() if sign and status in used]
-    if any(found.floor and found.floor > 0.5 for found in measures.values()):
-        lines.append("!  untrained above 0.5")
-    if unrun:
-        last = unrun[-1]
-        lines.append(f"-  not run: --methods {last.method} --depth {last.L} runs the last one")
-    return "\n".join(lines)
-
-
-def markdown_tables(measures, unrun):
-    """samples_vs_depth.md: every cell with its interval, then the exponents of m."""
-    tables = depth_tables(measures, unrun, long_text)
-    over_m = {}  # a Cell without its m -> {m: stars}
-    for (cell, part), found in measures.items():
-        if part == "tree":
-            over_m.setdefault(cell._replace(m=0), {})[cell.m] = found.P50
-    exponents = [["method", "size", "m", "exponent of m in P*"]]
-    for cell, stars in over_m.items():
-        exponent = slope_text({math.log(m): stars[m] for m in stars}, float)
-        if exponent:
-            size = f"v={cell.v} s={cell.s} L={cell.L}"
-            exponents.append([cell.method, size, f"{min(stars)}..{max(stars)}", exponent])
-    if len(exponents) > 1:
-        tables.append(exponents)
-
-    text = "P*, the samples at which level L-1, or the root, is recovered (accuracy 0.5): "
-    text += "geometric mean over the seeds [95 % interval]; -: not run\n"
-    # each with a line between its header and its rows
-    for header, *rows in tables:
-        text += "\n"
-        for line in (header, ["---"] * len(header), *rows):
-            text += "| " + " | ".join(line) + " |\n"
-    return text
+    legend = [f"{mark} {note}" for note, mark in MARKS.items() if mark and note in notes]
+    for row in [row for row in rows if row["status"] == "not run"][-1:]:
+        legend.append(f"--methods {row['method']} --depth {row['L']} runs the last of these")
+    return "\n\n".join([*text, ", ".join(legend)]).rstrip()
 
 
 # ----------------------------------------------------------------------------------------
@@ -551,8 +420,7 @@ def markdown_tables(measures, unrun):
 def run_batch(cell, batch, device):
     """Runs of one cell side by side. batch: [(P, seed)]. Returns {(P, seed): Run}."""
     method = read_method(cell.method)
-    samples = [P for P, _ in batch]
-    seeds = [seed for _, seed in batch]
+    samples, seeds = zip(*batch)
     grammars = [Grammar.random(*cell[1:5], seed, cell.zipf) for seed in seeds]
     start = time.perf_counter()
     scores = method.learner.recover(
@@ -564,207 +432,170 @@ def run_batch(cell, batch, device):
 
 
 def start_worker():
-    """One thread of work per process. Ctrl-C ends it at once and silently, since finished runs
-    are the parent's business; and so does the parent's death, or it would wait for ever."""
+    """One thread a process. Ctrl-C ends it at once and silently, since finished runs are the
+    parent's business; and so does the parent's death, or it would wait for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-class OneProcess(Executor):
-    """Stands in for a pool of processes where one job is asked for; needs no shared memory."""
+class OneProcess(futures.Executor):
+    """A pool of processes for one job, which needs no shared memory."""
 
     def submit(self, work, *arguments):
-        future = Future()
+        future = futures.Future()
         future.set_result(work(*arguments))
         return future
 
 
-def next_batch(cell, seeds, runs, cap, busy):
-    """The rungs of a cell to run next, [(P, seed)]: what its ladders need and is not under way.
-
-    Runs side by side are cheap, so a network climbs a few rungs ahead; a rung that turns out to
-    lie beyond its ladder's end does not count."""
-    side = read_method(cell.method).learner.side
-    highest = min(cap, last_rung(cell)[0])
-    batch = []
-    for seed in seeds:
-        rungs = runs.get((cell, seed), {})
-        climbed, P, _ = climb(cell, rungs, cap)
-        if P is None:
-            continue
-        ahead = 2 if climbed else 3
-        # one recovered rung: the next is likely to be the last
-        if side == 1 or climbed and rungs[climbed[-1]].score.accuracy[cell.L - 2] >= RECOVERED:
-            ahead = 1
-        for rung in [P * RUNG**i for i in range(ahead)]:
-            if rung <= highest and rung not in rungs and (rung, seed) not in busy:
-                batch.append((rung, seed))
-    # batches of about one size, the lowest rungs first
-    batches = max(1, math.ceil(len(batch) / side))
-    return sorted(batch)[: math.ceil(len(batch) / batches)]
+def next_rungs(cell, rungs, cap):
+    """The rungs that a ladder needs next. Runs side by side are cheap, so a network climbs a few
+    ahead; those that turn out to lie beyond its end do not count."""
+    climbed, P, _ = climb(cell, rungs, cap)
+    if P is None:
+        return []
+    ahead = 2 if climbed else 3
+    if learner_of(cell).side == 1:
+        ahead = 1
+    # one recovered rung: the next is likely to be the last
+    if climbed and rungs[climbed[-1]].score.accuracy[cell.L - 2] >= RECOVERED:
+        ahead = 1
+    ladder = [P * RUNG**i for i in range(ahead)]
+    return [P for P in ladder if P <= last_rung(cell, cap)[0] and P not in rungs]
 
 
-def guess(cell, P):
-    """Seconds that a run may take on one core, before any is timed."""
-    method = read_method(cell.method)
-    seconds = method.learner.seconds(cell.s**cell.L, P)
-    sees = method.learner.sees
-    if sees:                                # a network with more steps takes longer
-        usual = read_method(method.key).settings
-        seconds *= sees(cell.v, method.settings) / sees(cell.v, usual)
-    return seconds
+def next_batch(units, runs, cap, running):
+    """What to run next, (Cell, [(P, seed)]), or None. Units that are done are taken out."""
+    for cell, seeds in list(units):
+        busy = {rung for other, batch in running if other == cell for rung in batch}
+        ladders = {seed: runs.get((cell, seed), {}) for seed in seeds}
+        wanted = {(P, seed) for seed in seeds for P in next_rungs(cell, ladders[seed], cap)}
+        batch = sorted(wanted - busy)
+        if batch:
+            # batches of about one size, the lowest rungs first
+            batches = math.ceil(len(batch) / learner_of(cell).side)
+            return cell, batch[: math.ceil(len(batch) / batches)]
+        if not wanted:
+            units.remove((cell, seeds))
+    return None
 
 
 def seconds_left(cell, seeds, runs, cap):
-    """A guess at the core seconds until a cell's ladders are climbed. They are expected to end
-    where the first of them has ended, and before that, at 8 times the P* of theory."""
-    ladders = [climb(cell, runs.get((cell, seed), {}), cap) for seed in seeds]
-    ends = [climbed[-1] for climbed, P, _ in ladders if P is None]
-    grows = GROWTH.get(read_method(cell.method).target) == "m"
-    theory = cell.v * cell.m ** (cell.L + 1 if grows else 3)
-    end = min(max(ends, default=8 * theory), cap, last_rung(cell)[0])
-    left = 0.0
-    for _, P, _ in ladders:
-        if P is None:
-            continue
-        left += guess(cell, P)
-        while P * RUNG <= end:
-            P *= RUNG
-            left += guess(cell, P)
-    return left
+    """What ladders may still cost: their rungs to come, as long as the cell's were so far."""
+    ladders = [runs.get((cell, seed), {}) for seed in seeds]
+    climbs = [climb(cell, rungs, cap) for rungs in ladders]
+    # they are expected to end where the first has, and before that at 8 times the P* of theory
+    ends = [climbed[-1] for climbed, P, _ in climbs if P is None]
+    is_steep = LAW.get(read_method(cell.method).target) == "m"
+    theory = cell.v * cell.m ** (cell.L + 1 if is_steep else 3)
+    end = min(max(ends, default=8 * theory), last_rung(cell, cap)[0])
+    to_come = sum(1 + max(0, int(math.log2(end / P))) for _, P, _ in climbs if P)
+    times = [run.seconds for rungs in ladders for run in rungs.values()]
+    guess = learner_of(cell).seconds * cell.s**cell.L
+    return to_come * (np.mean(times) if times else guess)
 
 
 def units_of(cells, cap, rank, size):
-    """What a process climbs, in order: [(Cell, seeds)]. Learners that don't train side by side
-    have a unit for every seed. rank, size: of torchrun's processes."""
-    units = []
+    """What one of torchrun's processes climbs, in order: [(Cell, seeds)]. Each finds its share by
+    itself: there is no connection to break, and the folder is all that ranks have in common."""
+    costs = {}
     for cell, seeds in cells.items():
-        side = read_method(cell.method).learner.side
-        units += [(cell, tuple(seeds))] if side > 1 else [(cell, (seed,)) for seed in seeds]
-    if size == 1:
-        # one learner after the other, so that the quick ones can be read soon
-        learners = list(LEARNERS)
-        return sorted(units, key=lambda unit: (learners.index(learner_of(unit[0])), -unit[0].L))
-
-    # Each rank finds all shares by itself, from what the cells cost before any run: there is no
-    # connection to break or time out, and the folder is all that ranks have in common.
-    costs = {unit: seconds_left(*unit, {}, cap) for unit in units}
-    loads, mine = [0.0] * size, []
-    # the dearest first, each to the rank that has least to do
-    for unit in sorted(units, key=lambda unit: -costs[unit]):
-        least = loads.index(min(loads))
-        loads[least] += costs[unit]
-        if least == rank:
-            mine.append(unit)
-    return mine
+        # what does not train side by side can be shared out by seeds
+        is_whole = learner_of(cell).side > 1
+        for unit in [tuple(seeds)] if is_whole else [(seed,) for seed in seeds]:
+            costs[cell, unit] = seconds_left(cell, unit, {}, cap)
+    # all ranks have some of the dear units and some of the cheap
+    share = sorted(costs, key=costs.get, reverse=True)[rank::size]
+    # quick learners first, so that they can be read soon
+    return sorted(share, key=lambda unit: learner_of(unit[0]).seconds)
 
 
-def sweep(cells, folder, cap, device, jobs, report, rank=0, size=1):
-    """Climb all ladders, in batches, in `jobs` processes of one thread each, and put every
-    finished run on disk at once. cells: {Cell: seeds}. report(key) is called when all ladders of
-    a learner have come to their ends, and report(None) now and then. Of torchrun's `size`
-    processes each climbs its share, and rank 0 returns when all are done."""
+def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
+    """Climb all ladders of {Cell: seeds} in `jobs` processes; every finished run goes to disk.
+
+    Each of torchrun's `size` processes climbs its share, and rank 0 returns when all are done."""
     units = units_of(cells, cap, rank, size)
-    to_climb = Counter(learner_of(cell) for cell, _ in units)
-    todo = iter(units)
-    climbing = {}                           # unit in hand -> its rungs under way
-    running = {}                            # future -> (unit, batch)
-    left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
+    running = {}                            # future -> (Cell, batch)
+    expect = lambda cell: seconds_left(cell, cells[cell], folder.runs, cap)
+    left = {cell: expect(cell) for cell in cells}
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=1, bar_format=layout, smoothing=0, disable=rank > 0)
-    measured = {}                           # method -> [seconds, guessed seconds] of its runs
-    began = time.time()
-    reported, took = began, 0.0             # the last report, and the seconds that it took
+    began = due = time.time()               # due: the next tables
     pool = OneProcess()
     if jobs > 1:
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+        spawn = multiprocessing.get_context("spawn")
+        pool = futures.ProcessPoolExecutor(jobs, spawn, start_worker)
     try:
-        while True:
-            # keep every process at work, first with units in hand
-            for unit in itertools.chain(list(climbing), todo):
-                cell, seeds = unit
-                busy = climbing.setdefault(unit, set())
-                batch = next_batch(cell, seeds, folder.runs, cap, busy)
-                while batch and len(running) < jobs:
-                    running[pool.submit(run_batch, cell, batch, device)] = unit, batch
-                    busy.update(batch)
-                    bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
-                    batch = next_batch(cell, seeds, folder.runs, cap, busy)
-                if not batch and not busy:  # all its ladders are climbed
-                    del climbing[unit]
-                    to_climb[learner_of(cell)] -= 1
-                    if size == 1 and to_climb[learner_of(cell)] == 0:
-                        report(learner_of(cell))
-                if len(running) >= jobs:
+        # rank 0 waits for the others, who have runs in files of their own
+        while units or running or size > 1 and rank == 0 and any(left.values()):
+            # keep every process at work
+            while len(running) < jobs:
+                work = next_batch(units, folder.runs, cap, running.values())
+                if not work:
                     break
-            if not running:
-                # rank 0 waits for the others, who have runs in files of their own
-                if size == 1 or rank > 0 or not any(left.values()):
-                    break
+                running[pool.submit(run_batch, *work, device)] = work
+                cell, batch = work
+                bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
+            if not running and any(left.values()):
                 bar.set_postfix_str("waiting for other ranks", False)
                 time.sleep(1)
-            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                unit, batch = running.pop(future)
-                cell, seeds = unit
+            for future in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
+                cell, _ = running.pop(future)
                 found = future.result()
                 folder.append(cell, found)
-                climbing[unit].difference_update(batch)
-                left[cell] = seconds_left(cell, cells[cell], folder.runs, cap)
-                times = measured.setdefault(cell.method, [0.0, 0.0])
-                for (P, seed), run in found.items():
-                    times[0] += run.seconds
-                    times[1] += guess(cell, P)
-                    if run.score.diverged:
-                        where = f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}"
-                        tqdm.write(f"{where}: loss not finite at step {run.score.diverged}; "
-                                   "counts as not recovered")
-            # what is left, as fast as runs of the same method were; the bar's unit is a second
-            seconds = 0.0
-            for cell in cells:
-                spent, guessed = measured.get(cell.method, (1, 1))
-                seconds += left[cell] * spent / guessed
+                left[cell] = expect(cell)
+                report(cell, found, folder.runs, is_done=left[cell] == 0)
+            # the bar's unit is a second
             bar.n = time.time() - began
-            bar.total = bar.n + seconds / (jobs * size)
+            bar.total = bar.n + sum(left.values()) / (jobs * size)
             bar.refresh()
-            # a report reads all files afresh: let that be 5 % of the time at most
-            if time.time() > reported + max(30 if running else 1, 20 * took):
+            # tables are made from all files, others' too: let that be 5 % of the time
+            if rank == 0 and time.time() > due:
                 start = time.time()
-                report(None)
-                reported = time.time()
-                took = reported - start
-                # it has read what others did, too
-                left = {cell: seconds_left(cell, cells[cell], folder.runs, cap) for cell in cells}
-    except BaseException:  # Ctrl-C above all: don't wait for runs that will be done again
+                with suppress(OSError):     # held by another program, perhaps
+                    write_tables()
+                due = time.time() + max(1, 20 * (time.time() - start))
+                left = {cell: expect(cell) for cell in cells}
+    finally:
+        # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
-        raise
-    finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def report(cell, found, runs, is_done):
+    """Print which runs of a batch diverged, and the P50 of a cell that is done."""
+    name = f"{cell.method} L={cell.L} m={cell.m}"
+    for (P, seed), run in found.items():
+        step = run.score.diverged
+        if step:
+            tqdm.write(f"{name} P={P} seed {seed}: loss not finite at step {step}")
+    if is_done:
+        (row,) = summarise({key: runs[key] for key in runs if key[0] == cell}, {})
+        tqdm.write(f"{name}: P50 = {cell_text(row, '', is_long=True)}")
 
 
 # ----------------------------------------------------------------------------------------
 # the folder: finished runs on disk
 
 
-# the columns of runs.csv, and how each is read
+# the columns of runs.csv, how each is read, and how numbers are written
 COLUMNS = {
-    "method": str, "v": whole(1), "s": whole(1), "m": whole(1), "L": whole(1),
-    "zipf": real(0, 10), "P": whole(1, 2**40), "seed": whole(0), "level": whole(1),
-    "accuracy": real(0, 1), "floor": lambda text: real(0, 1)(text) if text else None,
-    "seconds": real(0, 1e9), "device": str, "mark": str,
+    "method": lambda text: read_method(text).name,
+    "v": whole(1), "s": whole(1), "m": whole(1), "L": whole(1), "zipf": real(0, 10),
+    "P": whole(1, 2**40), "seed": whole(0), "level": whole(1), "accuracy": real(0, 1),
+    "floor": lambda text: real(0, 1)(text) if text else None,
+    "seconds": real(0, 1e9), "device": lambda text: str(torch.device(text)),
+    "mark": lambda text: f"diverged@{int(text[9:])}" if "@" in text else text and "collapsed",
 }
-# an older form, which is read but no longer written
-OLD_COLUMNS = "method,v,s,m,L,P,seed,level,accuracy,seconds,device,collapsed".split(",")
-OLD_NAMES = {
-    "cluster-cousins": "cluster:positions=cousins", "cluster-element": "cluster:positions=element",
-}
-FILES = ("runs.csv", "runs", "samples_vs_depth.csv", "samples_vs_depth.md")
+DIGITS = {"zipf": "g", "accuracy": ".6f", "floor": ".6f", "seconds": ".3f"}
+HEADER = ",".join(COLUMNS) + "\n"
+OURS = "settings.json", "runs", "runs.csv", "samples_vs_depth.csv", "samples_vs_depth.md"
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """The folder holds something that this sweep must not mix with, or touch."""
 
 
@@ -773,175 +604,137 @@ class Folder:
     runs/, which nobody else writes; runs.csv and the tables are made from all these files."""
 
     def __init__(self, path, keys):
-        """Check the folder against this program, and read its runs. keys: of the learners that
-        the sweep will use. Changes nothing. Raises Refused and OSError."""
+        """Check what is there, then make what is missing. keys: of the learners to be used."""
         self.path = path
         self.file = path / "runs" / f"{uuid.uuid4().hex[:12]}.csv"
         self.runs = {}  # {(Cell, seed): {P: Run}}
-        self.settings = {"sweep": {"format": 2, "recovered": RECOVERED, "rung": RUNG}}
+        settings = {"sweep": {"format": 2, "recovered": RECOVERED, "rung": RUNG}}
         for key, learner in LEARNERS.items():
-            self.settings[key] = {row.name: row.default for row in learner.settings}
+            settings[key] = {row.name: row.default for row in learner.settings}
         stored = self.read_settings()
         self.read()
         # runs of other settings must not stand in one table
-        used = {learner_of(cell) for cell, _ in self.runs} | set(keys)
+        used = {read_method(cell.method).key for cell, _ in self.runs} | set(keys)
         for key in ("sweep", *sorted(used)):
             for name, value in stored.get(key, {}).items():
-                here = self.settings[key].get(name)
-                if name != "format" and here != value:
-                    raise Refused(f"was made with {key}'s {name} = {value}, which is now {here}")
+                here = settings[key].get(name)
+                if here != value:
+                    raise Refused(f"out: made with {key}'s {name} = {value}, which is now {here}")
+        path.mkdir(parents=True, exist_ok=True)
+        self.write("settings.json", json.dumps(settings, indent=1) + "\n")
+        self.file.parent.mkdir(exist_ok=True)
 
     def read_settings(self):
-        """What settings.json holds, {} if there is none. Raises Refused if it is not ours."""
-        file = self.path / "settings.json"
-        results = [name for name in FILES if (self.path / name).exists()]
-        if not file.exists():               # looked for last, as create makes it first
-            if results:
-                raise Refused(f"has a {results[0]} but no settings.json that belongs to it")
+        """What settings.json holds, or {} in a new folder."""
+        if not any((self.path / name).exists() for name in OURS):
             return {}
         try:
-            stored = json.loads(file.read_bytes())
-            tables = all(isinstance(x, dict) for x in stored.values())
-            if tables and stored["sweep"]["format"] in (1, 2):
+            stored = json.loads((self.path / "settings.json").read_bytes())
+            if stored["sweep"]["format"] == 2 and {type(x) for x in stored.values()} == {dict}:
                 return stored
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
             pass
-        raise Refused("has a settings.json that is not a sweep's")
+        raise Refused(f"out: {self.path} has results, but no settings.json of a sweep")
 
     def read(self):
         """Take in the runs of all files; one that stands twice is read once."""
         for file in [self.path / "runs.csv", *sorted((self.path / "runs").glob("*.csv"))]:
             if file.exists():
-                for ladder, rungs in read_runs(file).items():
-                    self.runs[ladder] = rungs | self.runs.get(ladder, {})
-
-    def create(self):
-        """Make the folder and its settings.json. Raises OSError."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write("settings.json", json.dumps(self.settings, indent=1) + "\n")
-        (self.path / "runs").mkdir(exist_ok=True)
+                for (cell, P, seed), run in read_runs(file).items():
+                    self.runs.setdefault((cell, seed), {}).setdefault(P, run)
 
     def write(self, name, text):
         write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def append(self, cell, found):
         """Put finished runs, {(P, seed): Run}, on disk and into self.runs."""
-        rows = [] if self.file.exists() else [COLUMNS]
+        lines = [] if self.file.exists() else [HEADER]
         for (P, seed), run in found.items():
-            rows += reversed(rows_of(cell, P, seed, run))  # level 1 last: a run with it is whole
+            # level 1 comes last: a run with it is whole
+            lines += reversed(lines_of(cell, P, seed, run))
         with open(self.file, "ab") as file:
-            file.write(csv_text(rows).encode())
+            file.write("".join(lines).encode())
         for (P, seed), run in found.items():
             self.runs.setdefault((cell, seed), {})[P] = run
 
     def write_tables(self, caps, unrun):
-        """Make runs.csv and both tables from all files as they are now. Returns the Measures."""
+        """Make runs.csv and both tables from all files as they are now. Returns the rows."""
         self.read()
-        runs = [COLUMNS]
-        for cell, seed in sorted(self.runs, key=lambda ladder: row_order(*ladder)):
+        lines = []
+        for cell, seed in sorted(self.runs, key=lambda key: (row_order(key[0]), key[1])):
             for P, run in sorted(self.runs[cell, seed].items()):
-                runs += rows_of(cell, P, seed, run)
-        measures = summarise(self.runs, caps)
-        table = [TABLE]
-        for cell in sorted({*(cell for cell, _ in measures), *unrun}, key=row_order):
-            row = table_row(cell, measures)
-            table.append([row.get(column, "") for column in TABLE])
-        self.write("runs.csv", csv_text(runs))
-        self.write("samples_vs_depth.csv", csv_text(table))
-        self.write("samples_vs_depth.md", markdown_tables(measures, unrun))
-        return measures
+                lines += lines_of(cell, P, seed, run)
+        self.write("runs.csv", HEADER + "".join(lines))
+        rows = summarise(self.runs, caps, unrun)
+        text = ",".join(TABLE) + "\n"
+        for row in rows:
+            text += ",".join(str(row.get(column, "")) for column in TABLE) + "\n"
+        self.write("samples_vs_depth.csv", text)
+        self.write("samples_vs_depth.md", tables(rows, is_long=True) + "\n")
+        return rows
 
 
-def csv_text(rows):
-    """Rows as a file's text; nothing in ours holds a comma, a quote or a line's end."""
-    return "".join(",".join(map(str, row)) + "\n" for row in rows)
-
-
-def rows_of(cell, P, seed, run):
-    """The rows of one run, from level 1 up."""
-    rows, score = [], run.score
+def lines_of(cell, P, seed, run):
+    """The lines of one run in a file, from level 1 up; no value holds a comma or a quote."""
+    lines, score = [], run.score
     for i, accuracy in enumerate(score.accuracy):
-        mark = f"diverged@{score.diverged}" if score.diverged else "collapsed" * score.collapsed[i]
-        floor = f"{score.floor[i]:.6f}" if score.floor else ""
-        values = [f"{accuracy:.6f}", floor, f"{run.seconds:.3f}", run.device, mark]
-        rows.append([*cell[:5], f"{cell.zipf:g}", P, seed, i + 1, *values])
-    return rows
+        mark = "collapsed" if score.collapsed[i] else ""
+        if score.diverged:
+            mark = f"diverged@{score.diverged}"
+        floor = score.floor[i] if score.floor else None
+        values = accuracy, floor, run.seconds, run.device, mark
+        lines.append(line_of([*cell, P, seed, i + 1, *values]))
+    return lines
+
+
+def line_of(values):
+    texts = []
+    for column, value in zip(COLUMNS, values, strict=True):
+        texts.append("" if value is None else format(value, DIGITS.get(column, "")))
+    return ",".join(texts) + "\n"
+
+
+def read_line(line):
+    """A line -> ((Cell, P, seed), level, other values), if a sweep would have written it."""
+    values = [kind(text) for kind, text in zip(COLUMNS.values(), line.split(","), strict=True)]
+    cell, (P, seed, level) = Cell(*values[:6]), values[6:9]
+    check_sizes(*cell[1:5])
+    if P < first_rung(cell) or P & (P - 1) or level > cell.L:
+        raise ValueError(f"P = {P} is no rung, or {level} no level")
+    if line_of(values) != line + "\n":
+        raise ValueError(f"it should be {line_of(values).strip()}")
+    return (cell, P, seed), level, values[9:]
 
 
 def read_runs(file):
-    """A file of runs -> {(Cell, seed): {P: Run}}, without a last run that was cut short. Rows are
-    checked as strictly as flags. Raises Refused, naming the line, and OSError."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise Refused(f"has a {file.name} whose line {line} is not text") from None
-    if ",".join(COLUMNS).startswith(text):
+    """A file of runs -> {(Cell, P, seed): Run}, without a last one that was cut short."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if HEADER.startswith(text):
         return {}                           # killed before its first row
-    header, *lines = text.split("\n")
-    columns = header.split(",")
-    if columns not in (list(COLUMNS), OLD_COLUMNS):
-        raise Refused(f"has a {file.name} with other columns than {','.join(COLUMNS)}")
-
-    rows = []                               # (number of the line, (Cell, seed, P), row)
-    for number, line in enumerate(lines[:-1], 2):  # the last is empty, or torn
+    if not text.startswith(HEADER):
+        raise Refused(f"out: {file} has other columns than {HEADER.strip()}")
+    found = {}  # (Cell, P, seed) -> {level: other values}
+    # what follows the last end of a line is empty, or torn
+    for number, line in enumerate(text.split("\n")[1:-1], 2):
         try:
-            rows.append((number, *read_row(columns, line)))
-        except ValueError as error:
-            reason = f"line {number} cannot be used: {error}"
-            raise Refused(f"has a {file.name} whose {reason}") from None
+            rung, level, values = read_line(line)
+        except (ValueError, RuntimeError, ArgumentTypeError) as error:
+            raise Refused(f"out: {file}, line {number} cannot be used: {error}") from None
+        found.setdefault(rung, {})[level] = values
 
     runs = {}
-    for (cell, seed, P), group in itertools.groupby(rows, key=lambda row: row[1]):
-        group = list(group)
-        levels = {row["level"]: row for _, _, row in group}
+    for rung, levels in found.items():
         # all below the root have to be there; not every learner reports the root
-        if not levels.keys() >= set(range(1, cell.L)):
-            if group[-1] is rows[-1]:
-                break                       # cut short; it will be done again
-            reason = f"run that ends in line {group[-1][0]} is not whole"
-            raise Refused(f"has a {file.name} whose {reason}")
-        group = [levels[level] for level in sorted(levels)]
-        accuracy = [row["accuracy"] for row in group]
-        collapsed = [row["mark"] == "collapsed" for row in group]
-        floor = [row["floor"] for row in group]
-        diverged = int(group[0]["mark"].partition("@")[2] or 0)
-        score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
-        run = Run(score, group[0]["seconds"], group[0]["device"])
-        runs.setdefault((cell, seed), {}).setdefault(P, run)
+        if levels.keys() >= set(range(1, rung[0].L)):
+            rows = [levels[level] for level in sorted(levels)]
+            accuracy, floor, seconds, device, marks = zip(*rows)
+            collapsed = [mark == "collapsed" for mark in marks]
+            diverged = int(marks[0].partition("@")[2] or 0)
+            score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
+            runs[rung] = Run(score, seconds[0], device[0])
+        elif rung != list(found)[-1]:       # the last one was cut short
+            raise Refused(f"out: {file} has only a part of {rung}")
     return runs
-
-
-def read_row(columns, line):
-    """A line of a file of runs -> ((Cell, seed, P), {column: value}). Raises ValueError."""
-    texts = line.split(",")
-    if len(texts) != len(columns):
-        raise ValueError(f"{len(texts)} values in {len(columns)} columns")
-    row = dict(zip(columns, texts))
-    if "collapsed" in row:                  # of the old form
-        row["mark"] = {"0": "", "1": "collapsed"}.get(row["collapsed"], "?")
-        row |= {"zipf": "0", "floor": "", "method": OLD_NAMES.get(row["method"], row["method"])}
-    # read every value as a flag's type would
-    for column, kind in COLUMNS.items():
-        try:
-            row[column] = kind(row[column])
-        except ArgumentTypeError as error:
-            raise ValueError(f"{column} {error}") from None
-
-    cell = Cell(*(row[field] for field in Cell._fields))
-    name = read_method(cell.method).name
-    if cell.method != name:
-        raise ValueError(f"the method is written {name!r}")
-    check_sizes(cell.v, cell.s, cell.m, cell.L)
-    P, lowest = row["P"], first_rung(cell)
-    if P < lowest or P & (P - 1):
-        raise ValueError(f"P = {P} is no rung: a power of 2 from {lowest} on")
-    device, mark = row["device"], row["mark"]
-    is_device = re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device)
-    is_mark = re.fullmatch(r"|collapsed|diverged@\d{1,12}", mark)
-    if row["level"] > cell.L or not is_device or not is_mark:
-        raise ValueError(f"level {row['level']}, device {device[:20]!r}, mark {mark[:20]!r}")
-    return (cell, row["seed"], P), row
 
 
 # ----------------------------------------------------------------------------------------
@@ -963,42 +756,28 @@ def span(low, high):
     return read
 
 
-def methods(text):
-    """An argparse type: methods, separated by commas; all stands for the rows of DEFAULT."""
-    names = {}  # in order, once each
-    for word in text.split(","):
-        try:
-            found = DEFAULT if word == "all" else [read_method(word).name]
-        except ValueError as error:
-            raise ArgumentTypeError(str(error)) from None
-        names |= dict.fromkeys(found)
-    return list(names)
-
-
 def cells_from_flags(args):
-    """({Cell: its seeds}, the cells that are left out unless asked for by name). Raises
-    ValueError, naming the flag, if one can't work."""
+    """({Cell: seeds}, the cells left out unless asked for by name), or a ValueError."""
+    words = args.methods.split(",")
+    named = [read_method(word).name for word in words if word != "all"]
+    names = dict.fromkeys([*DEFAULT, *named] if "all" in words else named)
     cells, left_out = {}, []
-    v, s = args.v, args.s
-    for name, m, L in itertools.product(args.methods or DEFAULT, args.m, args.depth):
-        cell = Cell(name, v, s, m, L, args.zipf)
-        if args.methods in (None, list(DEFAULT)) and L > DEFAULT[name]:
+    for name, m, L in itertools.product(names, args.m, args.depth):
+        cell = Cell(name, args.v, args.s, m, L, args.zipf)
+        if name not in named and L > DEFAULT[name]:
             left_out.append(cell)
             continue
         method = read_method(name)
-        # sizes first: their errors name the flag
-        check_sizes(v, s, m, L)
+        check_sizes(*cell[1:5])             # names the flag
         try:
-            method.learner.check_size(v, s, m, L, 1, method.target, **method.given)
-        except ValueError as error:         # it may name a setting, which is no flag of ours
+            method.learner.check_size(*cell[1:5], 1, method.target, **method.given)
+        except ValueError as error:         # may name a setting
             raise ValueError(f"methods: {name}: {error}") from None
         # a ladder without a rung would be missing from the table in silence
-        lowest, (highest, reason) = first_rung(cell), last_rung(cell)
+        lowest, (highest, reason) = first_rung(cell), last_rung(cell, args.max_samples)
         if highest < lowest:
-            raise ValueError(f"methods: {name} cannot begin at m = {m}: its first rung is "
-                             f"{lowest} strings, and it is {reason} to {highest}")
-        if args.max_samples < lowest:
-            raise ValueError(f"max-samples: the ladder of {name} starts at {lowest}")
+            flag = "max-samples" if reason == "beyond Pmax" else "methods"
+            raise ValueError(f"{flag}: {name} at m = {m} starts at {lowest} strings, {reason}")
         cells[cell] = range(args.seeds or method.learner.seeds)
     if sum(map(len, cells.values())) > MAX_LADDERS:
         raise ValueError(f"seeds: at most {MAX_LADDERS} ladders in a sweep")
@@ -1017,30 +796,32 @@ def draw(out):
         print(f"no picture: {reason.splitlines()[0]}")
 
 
-def what_ended(error):
-    """What ended a sweep from outside, and the exit code. A fault of ours is raised again."""
-    line = str(error) or type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped", 1 if error.args else 130  # SIGTERM comes with its name
-    if isinstance(error, BrokenProcessPool):
-        return "a worker was killed, perhaps for want of memory (try --jobs 1)", 1
-    if isinstance(error, RuntimeError):     # of torch, for a lack of memory
-        if "memory" not in line:
-            raise error
-        return f"out of memory (try --jobs 1): {line.splitlines()[0][:80]}", 1
-    return line, 1
+def end(error, folder):
+    """Leave with one line on what ended a sweep from outside. A fault of ours is raised again."""
+    is_stop = isinstance(error, KeyboardInterrupt)
+    line = str(error).partition("\n")[0][:200] or type(error).__name__
+    from_pool = isinstance(error, futures.BrokenExecutor)
+    if isinstance(error, RuntimeError) and not from_pool and "memory" not in line:
+        raise error
+    count = sum(map(len, folder.runs.values()))
+    safe = f"{count} finished runs are safe in {folder.path}, the same command continues"
+    if not folder.file.parent.is_dir():
+        safe = f"{folder.path} is gone, and its runs with it"
+    print(f"\nsweep.py: {'stopped' if is_stop else line}; {safe}", file=sys.stderr)
+    # SIGTERM comes with its name, Ctrl-C without
+    raise SystemExit(130 if is_stop and not error.args else 1) from None
 
 
 def main():
-    most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
-    rows = f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 3 or 4); "
-    rows += "or any LEARNER-TARGET:SETTING=VALUE; separated by commas"
     # torchrun says which of its processes this is: rank 0 speaks for all
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         torch.set_num_threads(1)            # as in a pool
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    most_jobs = 61 if os.name == "nt" else 1024  # Windows waits for no more processes at once
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--depth", type=span(2, 24), default=[2, 3, 4, 5, 6],
@@ -1049,7 +830,9 @@ def main():
     flag("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     flag("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
     flag("--zipf", type=real(0, 10), default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
-    flag("--methods", type=methods, help=rows)
+    flag("--methods", default="all",
+         help=f"{', '.join(DEFAULT)} or all of them (the default, networks up to depth 3 or 4); "
+              "or any LEARNER-TARGET:SETTING=VALUE; separated by commas")
     flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1 (default 5, networks 3)")
     flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
@@ -1057,68 +840,38 @@ def main():
          help="processes (default: one per core; one on a GPU or for torchrun)")
     flag("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
+    device = pick_device(parser, args.device)
+    jobs = args.jobs or 1
+    if not args.jobs and device == "cpu" and size == 1:
+        jobs = min(cores, most_jobs)
+    if device == "cuda" and size > 1:       # one GPU a rank, by turns if there are fewer
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        device = f"cuda:{local % torch.cuda.device_count()}"
     try:
         if not args.out.strip():
             raise ValueError("out: must name a folder")
         cells, unrun = cells_from_flags(args)
+        folder = Folder(Path(args.out), {read_method(cell.method).key for cell in cells})
     except ValueError as error:
         parser.error(f"argument --{error}")
-    device = pick_device(parser, args.device)
-    if device == "cuda" and size > 1:       # one GPU a rank, by turns if there are fewer
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        device = f"cuda:{local % torch.cuda.device_count()}"
-    jobs = args.jobs or 1
-    if not args.jobs and device == "cpu" and size == 1:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        jobs = min(cores, most_jobs)
-    out = Path(args.out)
-    keys = {learner_of(cell) for cell in cells}
-    try:
-        folder = Folder(out, keys)
-        folder.create()
-    except Refused as error:
-        parser.error(f"argument --out: {out} {error}; it is left as it was, choose another folder")
     except OSError as error:
-        parser.error(f"argument --out: {out} cannot be used ({error})")
+        parser.error(f"argument --out: {error}")
+
     caps = dict.fromkeys(cells, args.max_samples)
-    # an earlier command may have run what this one leaves out
-    there = {cell for cell, _ in folder.runs}
-    unrun = [cell for cell in unrun if cell not in there]
-
-    def report(key):
-        """Write the tables, and print the rows of a learner that has finished."""
-        if rank > 0:
-            return
-        try:
-            measures = folder.write_tables(caps, unrun)
-        except OSError:
-            return  # held by another program, perhaps; the tables are made again at the end
-        rows = {row: measures[row] for row in measures if learner_of(row[0]) == key}
-        if rows and len(keys) > 1:
-            tqdm.write(printed_tables(rows, []))
-
+    write_tables = partial(folder.write_tables, caps, unrun)
     try:
-        sweep(cells, folder, args.max_samples, device, jobs, report, rank, size)
+        sweep(cells, folder, args.max_samples, device, jobs, write_tables, rank, size)
         if rank > 0:
             return
-        measures = folder.write_tables(caps, unrun)
+        rows = write_tables()
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
-        failure, code = what_ended(error)
-        safe = f"{out} is gone, and its runs with it"
-        if folder.file.parent.is_dir():
-            count = sum(map(len, folder.runs.values()))
-            safe = f"{count} finished runs are safe in {out}, the same command continues"
-        # all ranks are stopped at once
-        if rank == 0 or failure != "stopped":
-            print(f"\nsweep.py: {failure}; {safe}", file=sys.stderr)
-        raise SystemExit(code) from None
-    print(printed_tables(measures, unrun))
+        end(error, folder)
+    print(tables(rows, is_long=False))
     # timings of several devices are mixed: say so
     devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}
     if devices - {device}:
         print(f"runs of this folder were made on {', '.join(sorted(devices))}")
-    draw(out)
+    draw(Path(args.out))
 
 
 if __name__ == "__main__":
