@@ -310,16 +310,17 @@ class Learner(nn.Module):
 
     def __init__(self, R, v, s, L, target, settings):
         super().__init__()
+        self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
         d = settings.width
         maps = L if settings.encoder == "tree" else settings.layers
-        self.v, self.target, self.K = v, target, min(settings.top, maps)
+        self.K = min(settings.top, maps)
         count = self.K if target in ("stacked", "several") else 1
         outputs = aligned(v) if target == "token" else d
         self.encoder = build(R, v, s, L, settings)
         self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
 
     def predict(self, x, hidden):
-        """What every head predicts, from x, (R, B, T), of which hidden tokens are not seen."""
+        """What every head predicts from x, (R, B, T), whose hidden tokens are not seen."""
         maps = self.encoder(x.masked_fill(hidden, self.v))
         sources = maps[-1:] * len(self.heads)
         if self.target == "stacked":
@@ -327,7 +328,7 @@ class Learner(nn.Module):
         return [head(h) for head, h in zip(self.heads, sources)]
 
     def forward(self, x, hidden, goals, count):
-        """The losses, (R,), against the goal of every head: sums over hidden positions / count."""
+        """(R,) losses, given the goal of every head: sums over hidden positions / count."""
         loss = 0
         for prediction, goal in zip(self.predict(x, hidden), goals):
             if self.target == "token":
@@ -414,22 +415,13 @@ def rank_and_world():
     return 0, 1
 
 
-def quick(student, encoder, settings, world):
-    """How student and teacher are called: shared by processes, compiled, or as they are."""
-    if world > 1:
-        student = DistributedDataParallel(student)  # which averages the gradients
-    if settings.compile:
-        student, encoder = torch.compile(student), torch.compile(encoder)
-    return student, encoder
-
-
-def add_dropout(student, settings, randoms, own):
-    """Dropout for the blocks of a student, not of its teacher. Every run draws from its own
-    generator, for its whole batch, of which this process has the slice own."""
-    rate = settings.dropout
+def add_dropout(student, randoms, own):
+    """Dropout for the student alone. Every run draws from its own generator, for its whole
+    batch, of which this process has the slice own."""
+    rate, batch = student.settings.dropout, student.settings.batch
 
     def drop(h):
-        size = settings.batch, *h.shape[2:]
+        size = batch, *h.shape[2:]
         draws = [torch.rand(size, generator=random, device=h.device) for random in randoms]
         return h * (torch.stack(draws)[:, own] >= rate) / (1 - rate)
 
@@ -438,13 +430,13 @@ def add_dropout(student, settings, randoms, own):
             block.drop = drop
 
 
-def train(student, xs, s, L, seeds, settings, watch=None, resume=None):
+def train(student, xs, seeds, watch=None, resume=None):
     """The loop, for R runs side by side. xs: for each its (P, T) uint8 strings, or a Grammar.
 
     Returns (teacher, diverged): the moving average of the student, heads and all; and for
     each run the step whose loss or gradient was not finite, where it stops, or 0."""
-    R, T, K, target = len(xs), s**L, student.K, student.target
-    device = student.encoder.embed.device
+    s, L, K, target, settings = student.s, student.L, student.K, student.target, student.settings
+    R, T, device = len(xs), s**L, student.encoder.embed.device
     teacher = deepcopy(student).requires_grad_(False)
     optimizer = adamw(student, settings.decay)
     pick, mask, noise = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
@@ -456,14 +448,18 @@ def train(student, xs, s, L, seeds, settings, watch=None, resume=None):
     checkpoint = Checkpoint(resume, parts, [*pick, *mask, *noise], xs, about)
     done, stopped = checkpoint.load()
 
-    # of several processes each has its own part of every batch
+    # of several processes each has its own part of every batch; gradients are averaged
     rank, world = rank_and_world()
     own = slice(rank, None, world)
-    add_dropout(student, settings, noise, own)
-    learn, see = quick(student, teacher.encoder, settings, world)
+    add_dropout(student, noise, own)
+    learn, see = student, teacher.encoder
+    if world > 1:
+        learn = DistributedDataParallel(learn)
+    if settings.compile:
+        learn, see = torch.compile(learn), torch.compile(see)
     precision = partial(torch.autocast, device.type, torch.bfloat16, settings.bfloat16)
-    drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
 
+    drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
     for step, (x, hidden) in enumerate(drawn, done + 1):
         count = hidden.sum((1, 2)) / world      # (R,), so that the average of parts is the mean
         x, hidden = x[:, own], hidden[:, own]
@@ -525,8 +521,9 @@ class Data2vec:
     """What fit returns: the teacher, a Learner of one run, and its encoder before training.
     diverged: the step whose loss was not finite, 0 if all were."""
 
-    def __init__(self, v, s, L, target, settings, learner, untrained=None, diverged=0):
-        self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
+    def __init__(self, learner, untrained=None, diverged=0):
+        self.v, self.s, self.L = learner.v, learner.s, learner.L
+        self.target, self.settings = learner.target, learner.settings
         self.learner, self.encoder, self.heads = learner, learner.encoder, learner.heads
         self.untrained, self.diverged = untrained, diverged
 
@@ -564,7 +561,7 @@ def load(file):
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(v, s, L, target, settings, learner)
+    return Data2vec(learner)
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
@@ -597,13 +594,13 @@ def check_size(v, s, m, L, P, target="latent", **settings):
 
 def check_speed(options, device):
     """Raises ValueError, naming the setting, unless bfloat16 and compile work on the device."""
+    name, one = "bfloat16", torch.ones(8, device=device)
     try:
-        name = "bfloat16"
         if options.bfloat16:
-            torch.autocast(torch.device(device).type, torch.bfloat16)
-        name = "compile"
+            torch.autocast(one.device.type, torch.bfloat16)
         if options.compile:
-            torch.compile(torch.exp)(torch.ones(8, device=device))
+            name = "compile"
+            torch.compile(torch.exp)(one)
     except Exception as error:  # each compiler has its own
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: does not work on {device} here: {reason:.80}") from None
@@ -646,9 +643,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
     check_device(device)
     options = read_settings(SETTINGS, PRESETS, settings)
     check_speed(options, device)
-    runs, L = check_runs(xs, v, s, seeds)
-    xs = [x if isinstance(x, Grammar) else x.to(device) for x in runs]
-    P = max(0 if isinstance(x, Grammar) else len(x) for x in xs)
+    xs, L = check_runs(xs, v, s, seeds)
+    P = max((len(x) for x in xs if not isinstance(x, Grammar)), default=0)
     if options.online and P:
         raise ValueError("online: needs a Grammar in place of x")
     world = rank_and_world()[1]
@@ -656,14 +652,14 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
         raise ValueError(f"batch: must be {world} or more, a string a process")
     check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
 
+    xs = [x if isinstance(x, Grammar) else x.to(device) for x in xs]
     student = Learner(len(xs), v, s, L, target, options)
     initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
     untrained = deepcopy(student.encoder).requires_grad_(False)
-    teacher, diverged = train(student, xs, s, L, seeds, options, watch, resume)
+    teacher, diverged = train(student, xs, seeds, watch, resume)
     models = []
     for r, step in enumerate(diverged):
-        own = one_run(teacher, r), one_run(untrained, r)
-        models.append(Data2vec(v, s, L, target, options, *own, step))
+        models.append(Data2vec(one_run(teacher, r), one_run(untrained, r), step))
     return models
 
 
@@ -699,6 +695,7 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     tested = features(test[0])
     results = []
     for l in range(1, L):
+        # fit on strings without rule 0 of every symbol
         known = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
         rule = tuple_codes(grammar.rules[l - 1][:, 0].to(device), v)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
@@ -734,7 +731,7 @@ def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
         scores = net.second(hidden)[..., :v]                            # (R, batch, v)
         error = cross_entropy(scores, labels.index_select(1, rows).long())
         optimizer.zero_grad()
-        error.mean(1).sum().backward()  # every probe by its own mean, as if it were alone
+        error.mean(1).sum().backward()  # every probe by its own mean
         optimizer.step()
     return lambda h: net(h)[..., :v].argmax(2)
 
@@ -776,8 +773,7 @@ def measure(models, grammars, seeds, device="cpu"):
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
-    """Runs of the sweep, side by side: [Score], one for each grammar, P and seed; see measure.
-
+    """Runs of the sweep, side by side: [Score], one for each grammar, P and seed, by measure.
     Online, every one of P strings is seen once: there are P / batch steps."""
     grammars, seeds = list(grammars), list(seeds)
     v, s = grammars[0].v, grammars[0].s
@@ -794,17 +790,10 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     return measure(models, grammars, seeds, device)
 
 
-def inference_bytes(v, s, m, L):
-    """What grammar.posterior needs for a string."""
-    return 16 * s ** (L - 1) * v * m * (2 * s + 1)
-
-
 @torch.no_grad()
 def token_losses(model, grammar, seed):
     """How near is target token to what can be known? Nats per hidden token of fresh strings,
-    masked as in training: (of the model, exact limit by the rules, marginals of positions).
-
-    Raises ValueError for a model of another target."""
+    masked as in training: (of the model, exact limit by the rules, marginals of positions)."""
     if model.target != "token":
         raise ValueError(f"model: must be trained with target token, not {model.target}")
     v, s, L, settings = grammar.v, grammar.s, grammar.L, model.settings
@@ -815,8 +804,9 @@ def token_losses(model, grammar, seed):
     nothing = torch.zeros(s**L, dtype=torch.bool)
     unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
 
-    # in pieces that need no more than 256 MiB, if one string does not
-    piece = max(1, 2**28 // inference_bytes(v, s, grammar.m, L))
+    # exact inference in pieces of no more than 256 MiB, if one string needs less
+    need = 16 * s ** (L - 1) * v * grammar.m * (2 * s + 1)
+    piece = max(1, 2**28 // need)
     device = model.encoder.embed.device
     losses = torch.zeros(3, dtype=torch.float64)
     for x, gone in zip(fresh.long().split(piece), hidden.split(piece)):

@@ -8,9 +8,8 @@ Learner 2: stacked latent clustering, the paper's predictor-clusterer network (s
 L-1 modules of one form stand on top of each other, trained together by gradient descent.
 Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
 
-  predictor   tuple -> phi: for every element of its cousins, the other tuples under the same
-              grandparent, a distribution. It is trained by cross-entropy, and the target is
-              what the learners differ in:
+  predictor   tuple -> phi: a distribution for every element of its cousins, the other tuples
+              under the same grandparent. It is trained by cross-entropy, with the target
                 latent  the cousins' level-l codes, from a teacher
                 token   the raw tokens under the cousins
                 joint   latent, and the teacher's code of the cousin, one level up (ours)
@@ -18,8 +17,7 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
               phi are pulled to one code, and tuples with unlike phi are pushed apart.
 
 The paper's exact losses are not public: what we chose is said where it is done. R runs train
-side by side, each as if it were alone, to the byte on one CPU thread (where widths and batch
-are multiples of 16, as at v=8).
+side by side, to the same bytes as alone (on a CPU thread, widths and batch multiples of 16).
 
 The memory of a step grows as R B s^(L+2) d_h, L times that for tokens, and its time as hidden
 times that; k-means adds R L B^2 v. B and d_h are of order v. P strings are P s^L bytes.
@@ -68,7 +66,7 @@ SETTINGS = (
     Setting("probes", whole(1), 80, None, "how often the script measures while it trains"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
-# upgrad needs a package that is not among our requirements, so it has to be asked for by name
+# upgrad needs a package that we don't require: it has to be asked for by name
 PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
 
 STARTS, TRIALS, ROUNDS = 4, 4, 5  # of k-means; trials are the candidates for a new seed
@@ -154,7 +152,7 @@ class Module(nn.Module):
 
 
 class Network(nn.Module):
-    """The L-1 modules of R runs. heads: the heads of each module, as in Module."""
+    """The L-1 modules of R runs. heads: one shape for each, see heads_of."""
 
     def __init__(self, R, s, d, hidden, heads):
         super().__init__()
@@ -162,9 +160,8 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Module(R, s, d, hidden, shape) for shape in heads)
 
     def forward(self, x, detach="none", top=None):
-        """x: (R, B, s^L) strings -> ([log phi of module l], [codes of level l]), l from 0 on.
-
-        Codes are (R, B, s^(L-l), d), those of level 0 the tokens. top: the last level wanted."""
+        """Strings (R, B, s^L) -> [log phi of every module], and the codes of every level from
+        the tokens on, each (R, B, s^(L-l), d). top: the last level wanted."""
         codes, log_phi = [F.one_hot(x.long(), self.sizes["d"]).float()], []
         for module in self.layers[:top]:
             below = codes[-1] if detach == "none" else codes[-1].detach()
@@ -181,13 +178,13 @@ class Network(nn.Module):
                 if isinstance(layer, Linear):
                     bound = layer.weight.shape[1] ** -0.5
                     layer.weight[r].uniform_(-bound, bound, generator=generator)
-            # a tuple is s ones among s d inputs: the first layer must have unit variance there,
-            # or it is nearly linear, and takes long to tell a tuple from its symbols
+            # a tuple is s ones among s d inputs, which must give unit variance: a first layer
+            # that is nearly linear takes long to tell a tuple from its symbols
             for module in self.layers:
                 module.predict[0].weight[r].normal_(std=module.s**-0.5, generator=generator)
 
     def run(self, r):
-        """A copy of run r alone."""
+        """A copy of run r, alone."""
         alone = Network(1, **self.sizes)
         alone.load_state_dict({name: w[r : r + 1] for name, w in self.state_dict().items()})
         return alone.to(next(self.parameters()).device)
@@ -225,8 +222,8 @@ def goal(target, codes, l, s, elements):
 
 
 def prediction_loss(log_phi, aim, s):
-    """(loss, gain), (R,) both: the mean cross-entropy to the cousins' goal, in nats, and the
-    share of what can be known about them that phi knows, without gradient.
+    """(R,) each: the mean cross-entropy to the cousins' goal, in nats, and the gain, the share
+    of what can be known of them that phi knows, without gradient.
 
     log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N."""
     R, N, I, C, E, d = log_phi.shape
@@ -264,8 +261,8 @@ def grouping(phi, v, noise):
     own = (x * log).sum(-1)                                # (K, n)
     distance = (own[:, None] - log @ x.mT).clamp(min=0)    # (K, n, n): of column from row
 
-    # greedy k-means++: of a few tuples, drawn in proportion to their distance from the nearest
-    # seed, the one that leaves the least distance is the next seed
+    # greedy k-means++: a few tuples are drawn in proportion to their distance from the nearest
+    # seed, and the one that leaves the least distance is the next seed
     near = torch.full((K, STARTS, n), 1e9, device=x.device)
     k = torch.arange(K, device=x.device)[:, None]
     seeds = []
@@ -323,7 +320,6 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
 
 def losses(student, wanted, draw, options):
     """(prediction, clustering), (R, L-1) each: the losses of every run and module.
-
     wanted: the teacher's codes of the same strings; draw: what draws gives for a step."""
     strings, chosen, noise = draw
     run = torch.arange(len(strings), device=strings.device)[:, None]
@@ -366,11 +362,9 @@ def losses(student, wanted, draw, options):
 
 
 def draws(xs, s, L, options, generators, device):
-    """The random numbers of a step, for ever, every run's from its own CPU generator:
-
-    strings (R, B, s^L), the batch of every run; chosen (R, L-1, 2 B) int64, for each module
-    two different tuples of every string, by their place among all of the batch; and noise
-    (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
+    """Yields what every step draws, each run from its own CPU generator: strings (R, B, s^L);
+    chosen (R, L-1, 2 B) int64, for each module two different tuples of every string, as
+    places in the batch; noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
     B = options.batch
     tuples = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])  # (L-1, 1) in a string
     start = tuples * torch.arange(B)                       # (L-1, B), the first of each string
@@ -454,10 +448,9 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
 
     learned = []
     for r in range(R):
-        network, diverged = student.run(r), 0
-        if r in ended:
-            diverged, kept = ended[r]
-            network.load_state_dict(kept)
+        network = student.run(r)
+        diverged, kept = ended.get(r, (0, network.state_dict()))
+        network.load_state_dict(kept)
         learned.append(Predictor(network, options.v, target, diverged))
     return learned
 
@@ -496,8 +489,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **s
     watch(step, steps, network, prediction) is called after every step, with the Network of
     the runs that train together and their prediction losses, (R, L-1). resume: a file,
     written every minute and at the end, from which the runs go on, if it is there.
-    A run whose loss stops being finite keeps the weights and the number of that step, as
-    diverged. Raises ValueError, naming the argument or setting."""
+    A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
     xs, L = check_runs(xs, v, s, seeds)
     options = read_options(v, target, settings)
     device = next((x.device for x in xs if not isinstance(x, Grammar)), "cpu")
@@ -564,8 +556,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
 
 
 class Predictor:
-    """What one run has learned: a Network of one run, and v. It only reads, and learns no more.
-
+    """What fit returns: a Network of one run, which learns no more.
     diverged: the step whose loss was not finite, 0 if all were."""
 
     def __init__(self, network, v, target, diverged=0):
@@ -579,7 +570,7 @@ class Predictor:
 
     @torch.no_grad()
     def codes(self, x):
-        """(P, s^L) strings -> the soft codes of levels 1..L-1, (P, s^(L-l), d), or ValueError."""
+        """Strings (P, s^L) -> the soft codes of levels 1..L-1, (P, s^(L-l), d)."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
             raise ValueError(f"x: must have {self.s**self.L} tokens a string, not {x.shape[1]}")
@@ -592,8 +583,8 @@ class Predictor:
         return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
-        """(P, s^L) strings -> levels: levels[0] the strings, levels[l] (P, s^(L-l)) int64 ids,
-        l = 1..L-1. Raises ValueError, naming x."""
+        """Strings (P, s^L) -> levels 0 to L-1, the strings and then int64 ids, (P, s^(L-l)).
+        Raises ValueError, naming x."""
         ids = [codes.argmax(-1) for codes in self.codes(x)]
         return [as_strings(x, self.v, self.s)[0], *ids]
 
@@ -622,10 +613,9 @@ def score(learned, levels, truth):
     """([accuracy], [symbols in use], below) of the levels 1..L of fresh strings.
 
     levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
-    codes as well as can be; a symbol in use is that of 1 in 1000 tuples or more. The root is
-    read from the final code by the paper's linear probe, trained on the training strings.
-    below: what that probe reads on level L-1 (fig. 3 right), node by node. Where d_h >= v m
-    it can read tuples that were never merged; a matching can't."""
+    codes; a symbol in use is that of 1 in 1000 tuples. The root is read from the final code by
+    the paper's linear probe, trained on levels. below: what that probe reads on level L-1, of
+    one node (fig. 3 right). Where d_h >= v m, tuples that were never merged are enough."""
     right, in_use, v = [], [], learned.v
     known, codes = learned.codes(levels[0])[-1], learned.codes(truth[0])
     for code, symbols in zip(codes, truth[1:]):
