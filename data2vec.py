@@ -23,6 +23,7 @@ import os
 import sys
 from argparse import ArgumentTypeError
 from copy import deepcopy
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -611,16 +612,18 @@ def check_runs(xs, v, s, seeds):
     runs, sizes = [], set()
     for x, seed in zip(xs, seeds):
         check_whole("seed", seed, 0)
-        if not isinstance(x, Grammar):
+        if isinstance(x, Grammar):
+            sizes.add((x.v, x.s, x.L))
+        else:
             x, L = as_strings(x, v, s)
-        size = (x.v, x.s, x.L) if isinstance(x, Grammar) else (v, s, L)
-        sizes.add(size)
+            sizes.add((v, s, L))
         runs.append(x)
     if len(seeds) != len(xs) or not runs:
         raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
-    if len(sizes) > 1 or size[:2] != (v, s):
+    L = max(L for _, _, L in sizes)
+    if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
-    return runs, size[2]
+    return runs, L
 
 
 def one_run(module, r):
@@ -867,7 +870,9 @@ def join_processes(parser, device):
         if device != "cpu":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        # however long rank 0 measures, the others wait
+        forever = timedelta(days=365)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=forever)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -931,8 +936,8 @@ def main():
         given.setdefault(name, min(few, getattr(settings, name)))
     given.setdefault("probes", min(settings.steps // 20, settings.probes))
     settings = read_settings(SETTINGS, PRESETS, given)
+    # more threads gain nothing on matrices this small, and wait where others work
     if device == "cpu" and settings.width <= 64:
-        # more threads gain nothing on matrices this small, and wait where others work
         torch.set_num_threads(1)
 
     x = grammar if settings.online else grammar.sample(P, seed, device)[0]

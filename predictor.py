@@ -469,16 +469,18 @@ def check_runs(xs, v, s, seeds):
     runs, sizes = [], set()
     for x, seed in zip(xs, seeds):
         check_whole("seed", seed, 0)
-        if not isinstance(x, Grammar):
+        if isinstance(x, Grammar):
+            sizes.add((x.v, x.s, x.L))
+        else:
             x, L = as_strings(x, v, s)
-        size = (x.v, x.s, x.L) if isinstance(x, Grammar) else (v, s, L)
-        sizes.add(size)
+            sizes.add((v, s, L))
         runs.append(x)
     if len(seeds) != len(xs) or not runs:
         raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
-    if len(sizes) > 1 or size[:2] != (v, s):
+    L = max(L for _, _, L in sizes)
+    if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
-    return runs, size[2]
+    return runs, L
 
 
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **settings):
