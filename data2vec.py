@@ -639,10 +639,10 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
-    fresh strings; it depends on these and its seed alone. settings: rows of SETTINGS, preset.
+    fresh strings. A run depends on these and its seed alone. settings: rows of SETTINGS, preset.
     watch(step, loss, teacher) is called after every step: R losses, and R encoders in one.
-    resume: a file, written every minute and at the end, from which the runs go on, if it is
-    there. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
+    resume: a file, written every minute and at the end; if it is there, the runs go on from
+    it. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
     check_device(device)
     options = read_settings(SETTINGS, PRESETS, settings)
     check_speed(options, device)

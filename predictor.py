@@ -490,7 +490,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **s
     fresh strings on the CPU; P may differ. settings: rows of SETTINGS, or preset.
     watch(step, steps, network, prediction) is called after every step, with the Network of
     the runs that train together and their prediction losses, (R, L-1). resume: a file,
-    written every minute and at the end, from which the runs go on, if it is there.
+    written every minute and at the end; if it is there, the runs go on from it.
     A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
     xs, L = check_runs(xs, v, s, seeds)
     options = read_options(v, target, settings)
