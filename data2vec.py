@@ -5,22 +5,18 @@ Learner 3: data2vec, prediction of one's own latents without explicit levels, an
     python data2vec.py --depth 3 --samples 2048 --target token    the control: predict raw tokens
     python data2vec.py --preset transformer --attention-bias      the paper's kind of encoder
 
-A student sees a string with some tokens hidden. A teacher, the moving average of the student, sees
-the whole string. At every hidden position a linear head predicts, from the student's last map:
+A student sees a string with some tokens hidden. A teacher, the moving average of the student,
+sees the whole string. At every hidden position a linear head predicts, from the student's last map:
   latent   the mean of the teacher's top K maps, each layer-normalised: data2vec;
   stacked  each of these K maps, from the student's own map of the same layer;
   several  each of these K maps, all from the student's last map;
   token    the hidden token itself, by cross-entropy: the control, which needs no teacher.
-The encoder `tree` knows which tokens stand under which node, but no rule; `transformer` knows
-nothing. Own latents and tokens find the tree from about equally many strings; only own latents
-carry it into the last map (tables in README and assets).
+The encoder `tree` knows which tokens stand under which node; `transformer` does not.
 
-Every weight has a leading dimension R: R runs of the same sizes are trained side by side in one
-loop, each with its own strings and seed, because a step of one small network is mostly overhead.
-
-With T = s^L tokens, d = width and B = batch, the time of a step grows as R B T d (d + hidden) and
-its memory as R B T (d + hidden). A transformer multiplies both by its layers, and its attention
-adds R B T^2 d and R B T^2 heads. P strings are P T bytes; v adds its rows of d, and m nothing.
+A step of one small network is mostly overhead, so R runs are trained side by side: every weight
+has a leading dimension R. With T = s^L tokens, batch B and width d, a step takes time
+~ R B T d (d + hidden) and memory ~ R B T (d + hidden), times the layers of a transformer, whose
+attention adds R B T^2 (d + heads). P strings are P T bytes.
 """
 
 import os
@@ -39,9 +35,9 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_device, check_memory, check_whole, choice, given_settings,
-    grammar_from_flags, linear_probe, new_file, open_trace, paper_preset, pick_device,
-    read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
+    as_strings, check_apart, check_device, check_memory, check_whole, choice, digest,
+    given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
+    pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
@@ -51,18 +47,13 @@ DRAWN = 100                                # steps whose strings and masks are d
 
 
 def mask_block(text):
-    """An argparse type: a level, or one of two words."""
-    if text in ("mixed", "top"):
-        return text
-    try:
-        return whole(0, 24)(text)
-    except ArgumentTypeError:
-        raise ArgumentTypeError(f"must be a level, top or mixed, not {text[:20]!r}") from None
+    """An argparse type: a level, top or mixed."""
+    return text if text in ("top", "mixed") else whole(0, 24)(text)
 
 
 def eights(text):
-    """An argparse type: a multiple of 8. The last bits of a matrix product depend on how its memory
-    is aligned; with such sizes every run is aligned alike, whatever R."""
+    """An argparse type: a multiple of 8. The last bits of a matrix product depend on how its
+    memory is aligned; with such sizes every run is aligned alike, whatever R."""
     number = whole(8, 2**16)(text)
     if number % 8:
         raise ArgumentTypeError(f"must be a multiple of 8, not {text}")
@@ -83,15 +74,13 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
     Setting("dropout", real(0, 0.9), 0.0, 0.1, "transformer: probability, on both branches"),
     Setting("top", whole(1, 100), 3, 4, "K, how many of the last maps are the target"),
-    Setting("target_from", choice("residual", "ffn"), "residual", "residual",
-            "transformer: the target is the stream after a block, or its feed-forward output"),
+    Setting("target_from", choice("residual", "ffn"), "residual", "residual", "branch of a block"),
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
     Setting("steps", whole(1), 5000, 262144, "optimiser steps; online, a sweep takes P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
     Setting("mask", real(0, 1), 0.15, 0.15, "probability that a node is hidden; one always is"),
-    Setting("mask_block", mask_block, 0, 0, "level of the nodes that are hidden, with all "
-            "tokens beneath: 0 to depth-1; top = depth-2; mixed: each string draws 0 to depth-2"),
-    Setting("ema", real(0, 1), 0.97, 0.99, "decay of the moving average: what the teacher keeps"),
+    Setting("mask_block", mask_block, 0, 0, "level of hidden nodes; top: depth-2; mixed: drawn"),
+    Setting("ema", real(0, 1), 0.97, 0.99, "what the teacher keeps of itself, a step"),
     Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
@@ -111,7 +100,7 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # modules: R of each side by side, one for every run
 
 
@@ -121,7 +110,7 @@ def layer_norm(h):
 
 
 def pool(h, nodes):
-    """(..., n, d) -> (..., nodes, d): means over what stands under a node, or copies beneath it."""
+    """(..., n, d) -> (..., nodes, d): means of what is under a node, or copies beneath it."""
     n = h.shape[-2]
     if n > nodes:
         return h.unflatten(-2, (nodes, n // nodes)).mean(-2)
@@ -137,7 +126,7 @@ def look_up(table, x):
 
 
 class Linear(nn.Module):
-    """R linear maps: (R, ..., inputs) -> (R, ..., outputs). Inputs may come in several parts."""
+    """R linear maps, (R, ..., inputs) -> (R, ..., outputs). Inputs may come in parts."""
 
     def __init__(self, R, inputs, outputs):
         super().__init__()
@@ -147,7 +136,7 @@ class Linear(nn.Module):
     def forward(self, *parts):
         out, sizes = self.bias, [h.shape[-1] for h in parts]
         for h, weight in zip(parts, self.weight.split(sizes, 1)):
-            out = torch.baddbmm(out, h.flatten(1, -2), weight)              # (R, n, outputs)
+            out = torch.baddbmm(out, h.flatten(1, -2), weight)  # (R, n, outputs)
         return out.view(*h.shape[:-1], -1)
 
 
@@ -168,70 +157,58 @@ class TwoLayers(nn.Module):
 
     def __init__(self, R, inputs, hidden, outputs):
         super().__init__()
-        self.first, self.second = Linear(R, inputs, hidden), Linear(R, hidden, outputs)
+        self.first = Linear(R, inputs, hidden)
+        self.second = Linear(R, hidden, outputs)
 
     def forward(self, *parts):
         return self.second(F.gelu(self.first(*parts)))
 
 
 def initialise(module, randoms):
-    """Draw the weights of every run from its own CPU generator, so that they don't depend on R.
-
-    Xavier for linear maps, and standard deviation 1 for embeddings: 0.02, usual in language
-    models, does not learn at this size. The rest stays as it is."""
+    """Draw the weights of every run from its own CPU generator: they don't depend on R."""
     for r, random in enumerate(randoms):
         for name, w in module.named_parameters():
             if name.endswith("weight"):
                 nn.init.xavier_normal_(w.data[r], generator=random)
             elif name.endswith(("embed", "position")):
-                nn.init.normal_(w.data[r], generator=random)
+                # 0.02, usual in language models, does not learn at this size
+                nn.init.normal_(w.data[r], std=1.0, generator=random)
     return module
 
 
-# --------------------------------------------------------------------------------------------------
-# two encoders: tokens (R, B, T), the number v for a hidden one -> their maps, layer-normalised
+# ----------------------------------------------------------------------------------------
+# two encoders: tokens (R, B, T), v for a hidden one -> a list of maps, layer-normalised
 
 
 class Tree(nn.Module):
-    """A U-Net on the s-ary tree, one network a level and direction, the same for all its nodes.
-
-    Up: children -> parent. Down: children and the context of their parent -> contexts of the
-    children, added to what went up. The maps are those of the way down, level L-1 first and the
-    tokens last: (R, B, s^(L-l), d) for level l."""
+    """A U-Net on the s-ary tree; nodes of a level share one network up and one down.
+    The maps are those of the way down: (R, B, s^(L-l), d) for level l, from L-1 to 0."""
 
     def __init__(self, R, v, s, L, settings):
         super().__init__()
         d, hidden = settings.width, settings.hidden
-        self.family = s * d     # features of siblings, one after the other
+        self.family = s * d  # features of siblings, one after the other
         self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
 
-    def forward(self, x, drop=None, ffn=False):
-        """All maps; drop and ffn are the transformer's."""
+    def forward(self, x, ffn=False):    # ffn is the transformer's
         family = *x.shape[:2], -1, self.family                  # (R, B, parents, s d)
         # the few rows of the table are normalised instead of every token
         up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
 
-        # up: what stands under a node
+        # up: what stands under a node, from its children
         for net in self.up:
             up.append(layer_norm(net(up[-1].view(family))))     # (R, B, s^(L-l), d)
         context = up.pop()                                      # (R, B, 1, d), the root
 
-        # down: what stands around it, too
+        # down: what stands around it, too, from siblings and the context of the parent
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
             change = net(h.view(family), context)               # (R, B, s^(L-l-1), s d)
             context = layer_norm(h + change.view_as(h))
             maps.append(context)
         return maps
-
-
-def dropout(h, rate, randoms, batch, own):
-    """Every run draws from its own generator, for its whole batch; h holds the own part of it."""
-    size = batch, *h.shape[2:]
-    draws = [torch.rand(size, generator=random, device=h.device) for random in randoms]
-    return h * (torch.stack(draws)[:, own] >= rate) / (1 - rate)
 
 
 class Block(nn.Module):
@@ -253,17 +230,23 @@ class Block(nn.Module):
         # one batch of small matrices, for all runs, strings and heads
         qkv = self.qkv(h).view(R, B, T, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
         q, k, v = qkv.reshape(3, R * B * self.heads, T, -1)
-        scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)                   # (R B heads, T, T)
+        scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)       # (R B heads, T, T)
         if self.bias is not None:
-            scores = (scores.view(R, B, self.heads, T, T) + self.bias).view(-1, T, T)
-        mixed = torch.bmm(scores.softmax(-1), v)                            # (R B heads, T, .)
-        return self.out(mixed.view(R, B, self.heads, T, -1).transpose(2, 3).flatten(3))
+            scores = scores.view(R, B, self.heads, T, T) + self.bias
+            scores = scores.view(-1, T, T)
+        mixed = torch.bmm(scores.softmax(-1), v)                # (R B heads, T, .)
+        mixed = mixed.view(R, B, self.heads, T, -1).transpose(2, 3)
+        return self.out(mixed.flatten(3))
 
-    def forward(self, h, drop):
-        """Returns the stream after the block, and the feed-forward output that was added to it."""
-        h = h + drop(self.attend(self.norm1(h)))
+    def drop(self, branch):
+        """Nothing is dropped, until add_dropout gives a student another drop."""
+        return branch
+
+    def forward(self, h):
+        """The stream after the block, and the feed-forward output that was added to it."""
+        h = h + self.drop(self.attend(self.norm1(h)))
         out = self.ffn(self.norm2(h))
-        return h + drop(out), out
+        return h + self.drop(out), out
 
 
 class Transformer(nn.Module):
@@ -276,12 +259,12 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.empty(R, T, d))
         self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
-    def forward(self, x, drop=nn.Identity(), ffn=False):
-        """All maps; drop: of a branch, in training; ffn: feed-forward outputs as maps instead."""
+    def forward(self, x, ffn=False):
+        """All maps; ffn: those of the feed-forward outputs instead."""
         h = look_up(self.embed, x) + self.position[:, None]     # (R, B, T, d)
         maps = []
         for block in self.blocks:
-            h, out = block(h, drop)
+            h, out = block(h)
             maps.append(out if ffn else h)
         return [layer_norm(h) for h in maps]
 
@@ -292,26 +275,23 @@ def build(R, v, s, L, settings):
     return encoder(R, v, s, L, settings)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # what is hidden, how far a prediction is off, and the student
 
 
 def draw_mask(B, L, s, rate, block, random):
     """(B, s^L) bool on the generator's device, True where a token is hidden.
 
-    Every node of level block is hidden with probability rate, with all s^block tokens beneath it,
-    and one node in every string for certain. Level 0 hides single tokens, whose siblings are mostly
-    visible; "top", level L-2, leaves only cousins of the highest level to predict from; "mixed":
-    every string draws its level from 0..L-2, so siblings are hidden on every level."""
-    # one mask of each level that may be drawn
+    Every node of level block is hidden with probability rate, with all tokens beneath it, and
+    one in every string for certain. top: level L-2; mixed: strings draw theirs from 0..L-2."""
     levels = {"mixed": range(L - 1), "top": [L - 2]}.get(block, [block])
     masks = []
     for level in levels:
         draw = torch.rand(B, s ** (L - level), generator=random, device=random.device)
         certain = draw == draw.min(1, keepdim=True).values
         masks.append((certain | (draw < rate)).repeat_interleave(s**level, 1))
-    # every string picks one of them
-    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)  # (B,)
+    # every string picks one of the levels that it may have
+    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
     return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
 
 
@@ -326,45 +306,42 @@ def cross_entropy(scores, tokens):
     return error.view(tokens.shape)
 
 
-def sum_where(hidden, error):
-    """(R, B, T) bool, and errors of nodes (R, B, n) -> (R,), the sum over hidden positions."""
-    error = pool(error[..., None], hidden.shape[2])[..., 0]  # (R, B, T)
-    return (error * hidden).sum((1, 2))
-
-
 class Learner(nn.Module):
     """R students: an encoder, and the linear heads that predict from its maps."""
 
     def __init__(self, R, v, s, L, target, settings):
         super().__init__()
+        self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
         d = settings.width
         maps = L if settings.encoder == "tree" else settings.layers
-        self.v, self.target, self.K = v, target, min(settings.top, maps)
+        self.K = min(settings.top, maps)
         count = self.K if target in ("stacked", "several") else 1
         outputs = aligned(v) if target == "token" else d
         self.encoder = build(R, v, s, L, settings)
         self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
 
-    def predict(self, x, hidden, drop=nn.Identity()):
-        """What every head predicts, from strings (R, B, T) with hidden tokens, (R, B, T) bool."""
-        maps = self.encoder(x.masked_fill(hidden, self.v), drop)
-        own = self.target == "stacked"      # each head has a map of its own
-        sources = maps[-self.K :] if own else maps[-1:] * len(self.heads)
+    def predict(self, x, hidden):
+        """What every head predicts from x, (R, B, T), whose hidden tokens are not seen."""
+        maps = self.encoder(x.masked_fill(hidden, self.v))
+        sources = maps[-1:] * len(self.heads)
+        if self.target == "stacked":
+            sources = maps[-self.K :]  # each head has a map of its own
         return [head(h) for head, h in zip(self.heads, sources)]
 
-    def forward(self, x, hidden, goals, count, drop):
-        """The losses, (R,), against the goal of every head: sums over hidden positions / count."""
+    def forward(self, x, hidden, goals, count):
+        """(R,) losses, given the goal of every head: sums over hidden positions / count."""
         loss = 0
-        for prediction, goal in zip(self.predict(x, hidden, drop), goals):
+        for prediction, goal in zip(self.predict(x, hidden), goals):
             if self.target == "token":
-                error = cross_entropy(prediction[..., : self.v], goal)      # (R, B, T)
+                error = cross_entropy(prediction[..., : self.v], goal)  # (R, B, T)
             else:
-                error = smooth_l1(prediction, goal)                         # (R, B, n)
-            loss = loss + sum_where(hidden, error) / count
+                error = smooth_l1(prediction, goal)                     # (R, B, n)
+            error = pool(error[..., None], x.shape[2])[..., 0]          # (R, B, T)
+            loss = loss + (error * hidden).sum((1, 2)) / count
         return loss
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # training
 
 
@@ -379,10 +356,8 @@ def drawn_at_once(settings, T):
 
 
 def batches(xs, L, s, seeds, randoms, settings, done=0):
-    """Yields for every step after the first `done` x, (R, B, T) int64, and hidden, (R, B, T) bool.
+    """Yields x, (R, B, T) int64, and hidden, (R, B, T) bool, for every step after `done`.
 
-    A run draws with replacement from its own strings, or fresh ones from its own grammar, many
-    steps at a time and from its own generators, so that its draws don't depend on the others.
     randoms: two generators for each run, one that picks strings and one that draws masks."""
     T, B = s**L, settings.batch
     n, device = drawn_at_once(settings, T), randoms[0][0].device
@@ -390,22 +365,22 @@ def batches(xs, L, s, seeds, randoms, settings, done=0):
         x, hidden = [], []
         for run, seed, (pick, mask) in zip(xs, seeds, randoms):
             if isinstance(run, Grammar):
-                drawn = run.sample(n * B, (seed, 2, start), device)[0]
+                x.append(run.sample(n * B, (seed, 2, start), device)[0])
             else:
-                drawn = run[torch.randint(len(run), (n * B,), generator=pick, device=device)]
-            x.append(drawn.view(n, B, T))
-            drawn = draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask)
-            hidden.append(drawn.view(n, B, T))
-        x, hidden = torch.stack(x, 1), torch.stack(hidden, 1)   # (n, R, B, T)
+                rows = torch.randint(len(run), (n * B,), generator=pick, device=device)
+                x.append(run[rows])
+            hidden.append(draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask))
+        x, hidden = (torch.stack(part).unflatten(1, (n, B)) for part in (x, hidden))
         for i in range(min(n, settings.steps - start)):
-            yield x[i].long(), hidden[i]
+            yield x[:, i].long(), hidden[:, i]
 
 
 def adamw(student, decay):
     """The optimiser, under which biases and layer norms don't decay."""
-    weights = dict(student.named_parameters())
-    constant = [w for name, w in weights.items() if name.endswith(("gain", "bias"))]
-    decaying = [w for name, w in weights.items() if not name.endswith(("gain", "bias"))]
+    constant, decaying = [], []
+    for name, w in student.named_parameters():
+        group = constant if name.endswith(("gain", "bias")) else decaying
+        group.append(w)
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     fused = decaying[0].device.type != "mps"
     return torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay, fused=fused)
@@ -420,7 +395,7 @@ def learning_rate(step, settings):
 
 def clip_each_run(weights):
     """Scale the gradients of every run to norm CLIP at most. Returns the norms before, (R,)."""
-    norms = [w.grad.flatten(1).norm(dim=1) for w in weights]  # each (R,)
+    norms = [w.grad.flatten(1).norm(dim=1) for w in weights]    # each (R,)
     norm = torch.stack(norms, 1).norm(dim=1)
     scale = (CLIP / (norm + 1e-6)).clamp(max=1)
     for w in weights:
@@ -434,48 +409,60 @@ def follow(teacher, student, ema):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
 
 
-def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None, parallel=False):
-    """The loop, for R runs side by side. xs: a list of (P, T) uint8 strings or grammars. parallel:
-    all processes of torch.distributed draw the same batch, and each learns from its own part.
+def rank_and_world():
+    """This process's number, and how many share every batch."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
-    Returns (teacher, untrained, diverged): the moving average of R students, their encoders before
-    training, and for every run the step whose loss or gradient was not finite, which is where it
-    stops, or 0."""
-    # the teacher starts as the student; its heads are averaged too, to be kept with it
-    R, T = len(xs), s**L
-    student = Learner(R, v, s, L, target, settings)
-    initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
+
+def add_dropout(student, randoms, own):
+    """Dropout for the student alone. Every run draws from its own generator, for its whole
+    batch, of which this process has the slice own."""
+    rate, batch = student.settings.dropout, student.settings.batch
+
+    def drop(h):
+        size = batch, *h.shape[2:]
+        draws = [torch.rand(size, generator=random, device=h.device) for random in randoms]
+        return h * (torch.stack(draws)[:, own] >= rate) / (1 - rate)
+
+    for block in student.modules():
+        if isinstance(block, Block) and rate:
+            block.drop = drop
+
+
+def train(student, xs, seeds, watch=None, resume=None):
+    """The loop, for R runs side by side. xs: for each its (P, T) uint8 strings, or a Grammar.
+
+    Returns (teacher, diverged): the moving average of the student, heads and all; and for
+    each run the step whose loss or gradient was not finite, where it stops, or 0."""
+    s, L, K, target, settings = student.s, student.L, student.K, student.target, student.settings
+    R, T, device = len(xs), s**L, student.encoder.embed.device
     teacher = deepcopy(student).requires_grad_(False)
-    untrained = deepcopy(teacher.encoder)
-    K, ffn = student.K, settings.target_from == "ffn"
-
-    # of several processes each has its part of every batch; the student's gradients are averaged
-    learn, see, rank, world = student, teacher.encoder, 0, 1
-    if parallel:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        learn = DistributedDataParallel(student)
-    own = slice(rank, None, world)
-    if settings.compile:
-        learn, see = torch.compile(learn), torch.compile(see)
-    kind = torch.device(device).type
-    precision = partial(torch.autocast, kind, torch.bfloat16, settings.bfloat16)
-
     optimizer = adamw(student, settings.decay)
     pick, mask, noise = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
-    rate, drop = settings.dropout, nn.Identity()
-    if rate:
-        drop = partial(dropout, rate=rate, randoms=noise, batch=settings.batch, own=own)
 
-    # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights before)
+    # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights)
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
-    about = {"v": v, "s": s, "depth": L, "target": target, "seed": list(seeds), **vars(settings)}
-    about["device"] = kind
+    about = {"v": student.v, "s": s, "depth": L, "target": target, "seed": list(seeds)}
+    about |= {**vars(settings), "device": device.type}
     checkpoint = Checkpoint(resume, parts, [*pick, *mask, *noise], xs, about)
     done, stopped = checkpoint.load()
 
-    steps = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
-    for step, (x, hidden) in enumerate(steps, done + 1):
-        count = hidden.sum((1, 2)) / world      # (R,), so that the average of all parts is the mean
+    # of several processes each has its own part of every batch; gradients are averaged
+    rank, world = rank_and_world()
+    own = slice(rank, None, world)
+    add_dropout(student, noise, own)
+    learn, see = student, teacher.encoder
+    if world > 1:
+        learn = DistributedDataParallel(learn)
+    if settings.compile:
+        learn, see = torch.compile(learn), torch.compile(see)
+    precision = partial(torch.autocast, device.type, torch.bfloat16, settings.bfloat16)
+
+    drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
+    for step, (x, hidden) in enumerate(drawn, done + 1):
+        count = hidden.sum((1, 2)) / world      # (R,), so that the average of parts is the mean
         x, hidden = x[:, own], hidden[:, own]
 
         # the teacher sees whole strings, and nothing flows back into it
@@ -483,7 +470,7 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None,
             if target == "token":
                 goals = [x]                                             # (R, B, T)
             else:
-                goals = see(x, ffn=ffn)[-K:]                            # each (R, B, n, d)
+                goals = see(x, ffn=settings.target_from == "ffn")[-K:]  # each (R, B, n, d)
             if target in ("latent", "several"):
                 goals = [pool(h, T) for h in goals]                     # each (R, B, T, d)
             if target == "latent":
@@ -491,14 +478,14 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None,
 
         # the student sees the rest, and predicts what is hidden from it
         with precision():
-            loss = learn(x, hidden, goals, count, drop)                 # (R,)
+            loss = learn(x, hidden, goals, count)                       # (R,)
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
         loss.sum().backward()
         norm = clip_each_run(list(student.parameters()))
         loss = loss.detach()
-        if parallel:
+        if world > 1:
             dist.all_reduce(loss)
             loss /= world
 
@@ -510,7 +497,6 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None,
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.step()
-        # the teacher keeps ema of itself
         follow(teacher, student, settings.ema)
         if watch:
             watch(step, loss, teacher.encoder)
@@ -525,20 +511,20 @@ def train(xs, v, s, L, target, seeds, settings, device, watch=None, resume=None,
     for r, (_, kept) in stopped.items():
         for w, before in zip(teacher.parameters(), kept):
             w[r] = before
-    return teacher, untrained, [stopped[r][0] if r in stopped else 0 for r in range(R)]
+    return teacher, [stopped[r][0] if r in stopped else 0 for r in range(R)]
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # one face with the other learners
 
 
 class Data2vec:
-    """What fit returns: a Learner of one run, its encoder before training, and their settings.
+    """What fit returns: the teacher, a Learner of one run, and its encoder before training.
+    diverged: the step whose loss was not finite, 0 if all were."""
 
-    Encoder and heads are the teacher's, moving averages of the student's."""
-
-    def __init__(self, v, s, L, target, settings, learner, untrained=None, diverged=0):
-        self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
+    def __init__(self, learner, untrained=None, diverged=0):
+        self.v, self.s, self.L = learner.v, learner.s, learner.L
+        self.target, self.settings = learner.target, learner.settings
         self.learner, self.encoder, self.heads = learner, learner.encoder, learner.heads
         self.untrained, self.diverged = untrained, diverged
 
@@ -547,18 +533,15 @@ class Data2vec:
         return f"Data2vec(target={self.target}, {sizes}, diverged={self.diverged})"
 
     def features(self, x):
-        """Strings (P, s^L) -> the teacher's maps, coarsest or first layer first.
-
-        A list of (P, n, d) float32 tensors, each layer-normalised: n = s, s^2, ..., s^L nodes for
-        the tree, always s^L positions for the transformer. Raises ValueError for strings that
-        as_strings refuses, or of another length than those of training."""
+        """Strings (P, s^L) -> [map (P, n, d) float32, layer-normalised], n = s, s^2, ..., s^L
+        nodes of the tree, or s^L positions after every block. Raises ValueError, naming x."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
-            raise ValueError(f"x: strings must have {self.s**self.L} symbols, not {x.shape[1]}")
+            raise ValueError(f"x: must have {self.s**self.L} tokens a string, not {x.shape[1]}")
         return encode(self.encoder, x)
 
     def save(self, file):
-        """Write sizes, settings and the teacher's weights; the file is complete or not there."""
+        """Write sizes, settings and weights; the file is complete or not there."""
         saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
         saved["settings"] = vars(self.settings)
         saved["weights"] = {name: w.cpu() for name, w in self.learner.state_dict().items()}
@@ -566,7 +549,7 @@ class Data2vec:
 
 
 def load(file):
-    """The Data2vec that save wrote, on the CPU. Raises ValueError if the file is anything else."""
+    """The Data2vec that save wrote, on the CPU. Raises ValueError for any other file."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         settings = read_settings(SETTINGS, PRESETS, saved["settings"])
@@ -579,53 +562,68 @@ def load(file):
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(v, s, L, target, settings, learner)
+    return Data2vec(learner)
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
-    """Raises ValueError, naming the flag, unless one run works and fits into grammar.MEMORY."""
+    """Raises ValueError, naming the flag, unless one run works and fits into memory."""
     options = read_settings(SETTINGS, PRESETS, settings)
     T, d, hidden, heads = s**L, options.width, options.hidden, options.heads
     if target not in TARGETS:
         raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
     if m == 1:
-        raise ValueError("m: must be 2 or more here, since a single rule has no synonym to measure")
+        raise ValueError("m: must be 2 or more: a single rule has no synonym to measure")
     if options.mask_block not in ("mixed", "top", *range(L)):
         raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed")
 
     # numbers that a token leaves in the maps, and in a step for its gradient
     kept, numbers = 2 * d, 4 * (8 * d + 3 * hidden)
     if options.encoder == "transformer":
+        kept = options.layers * d
+        numbers = options.layers * (14 * d + 3 * hidden + 4 * heads * T)
         if d % heads:
             raise ValueError(f"width: must be a multiple of heads = {heads}, not {d}")
-        kept, numbers = options.layers * d, options.layers * (14 * d + 3 * hidden + 4 * heads * T)
     with torch.device("meta"):  # shapes without memory
         weights = sum(w.numel() for w in build(1, v, s, L, options).parameters())
-    strings = 0 if options.online else P
     measured = options.test_strings + options.probe_strings
-    if target == "token":
-        check_memory("depth", inference_bytes(v, s, m, L), "exact inference for a string")
-    # weights stand with teacher, untrained, gradient and the two averages of AdamW
-    check_memory("samples", 2 * strings * T, f"{strings} strings of {T} tokens")
+    check_memory("samples", 0 if options.online else 2 * P * T, f"{P} strings of {T} tokens")
     check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
+    # weights stand with teacher, untrained, gradient and the two averages of AdamW
     check_memory("width", 6 * 4 * weights, f"{weights} weights")
     check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
 
 
 def check_speed(options, device):
     """Raises ValueError, naming the setting, unless bfloat16 and compile work on the device."""
-    one, name = torch.ones(1, 8, 8, device=device), None
+    name, one = "bfloat16", torch.ones(8, device=device)
     try:
         if options.bfloat16:
-            name = "bfloat16"
-            with torch.autocast(one.device.type, torch.bfloat16):
-                assert torch.bmm(one, one).dtype == torch.bfloat16
+            torch.autocast(one.device.type, torch.bfloat16)
         if options.compile:
             name = "compile"
             torch.compile(torch.exp)(one)
     except Exception as error:  # each compiler has its own
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: does not work on {device} here: {reason:.80}") from None
+
+
+def check_runs(xs, v, s, seeds):
+    """(runs, L): xs as tensors or grammars. Raises ValueError unless all have one size."""
+    runs, sizes = [], set()
+    for x, seed in zip(xs, seeds):
+        check_whole("seed", seed, 0)
+        if isinstance(x, Grammar):
+            sizes.add((x.v, x.s, x.L))
+        else:
+            x, L = as_strings(x, v, s)
+            sizes.add((v, s, L))
+        runs.append(x)
+    if len(seeds) != len(xs) or not runs:
+        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
+    L = max(L for _, _, L in sizes)
+    if sizes != {(v, s, L)}:
+        raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
+    return runs, L
 
 
 def one_run(module, r):
@@ -637,64 +635,48 @@ def one_run(module, r):
 
 
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", resume=None,
-             parallel=False, **settings):
+             **settings):
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
-    xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always fresh
-    strings. seeds: one for each. watch(step, loss, teacher), if given, is called after every step
-    with the R losses and the R teachers in one encoder. resume: a file, written every minute and
-    at the end; if it exists, the runs go on from it. parallel: the processes of torch.distributed,
-    which all call this alike, share every batch. settings: rows of SETTINGS, or preset.
-    A run depends on its own x and seed alone; one that diverges has .diverged = step.
-    Raises ValueError, naming the argument, if something does not fit."""
+    xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
+    fresh strings. A run depends on these and its seed alone. settings: rows of SETTINGS, preset.
+    watch(step, loss, teacher) is called after every step: R losses, and R encoders in one.
+    resume: a file, written every minute and at the end; if it is there, the runs go on from
+    it. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
     check_device(device)
-    for seed in seeds:
-        check_whole("seed", seed, 0)
     options = read_settings(SETTINGS, PRESETS, settings)
     check_speed(options, device)
-    runs, sizes, L, P = [], set(), 0, 1
-    for x in xs:
-        if isinstance(x, Grammar):
-            L = x.L
-            sizes.add((x.v, x.s, L))
-        elif options.online:
-            raise ValueError("online: needs a Grammar in place of x")
-        else:
-            x, L = as_strings(x, v, s)
-            sizes.add((v, s, L))
-            x, P = x.to(device), max(P, len(x))
-        runs.append(x)
-    if sizes != {(v, s, L)}:
-        raise ValueError("x: all runs must have the same v, s and length of strings")
-    if len(seeds) != len(runs):
-        raise ValueError(f"seeds: must be one for each of {len(runs)} runs, not {len(seeds)}")
-    if parallel and options.batch < dist.get_world_size():
-        raise ValueError(f"batch: must be {dist.get_world_size()} or more, a string a process")
-    # of anyone's strings m is not known
-    check_size(v, s, 2, L, P, target, **settings)
+    xs, L = check_runs(xs, v, s, seeds)
+    P = max((len(x) for x in xs if not isinstance(x, Grammar)), default=0)
+    if options.online and P:
+        raise ValueError("online: needs a Grammar in place of x")
+    world = rank_and_world()[1]
+    if options.batch < world:
+        raise ValueError(f"batch: must be {world} or more, a string a process")
+    check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
 
-    trained = train(runs, v, s, L, target, seeds, options, device, watch, resume, parallel)
-    teacher, untrained, diverged = trained
+    xs = [x if isinstance(x, Grammar) else x.to(device) for x in xs]
+    student = Learner(len(xs), v, s, L, target, options)
+    initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
+    untrained = deepcopy(student.encoder).requires_grad_(False)
+    teacher, diverged = train(student, xs, seeds, watch, resume)
     models = []
     for r, step in enumerate(diverged):
-        own = one_run(teacher, r), one_run(untrained, r)
-        models.append(Data2vec(v, s, L, target, options, *own, step))
+        models.append(Data2vec(one_run(teacher, r), one_run(untrained, r), step))
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, parallel=False,
-        **settings):
-    """fit_many of one run. Raises FloatingPointError, of one line, if it diverges."""
-    model = fit_many([x], v, s, target, [seed], watch, device, resume, parallel, **settings)[0]
+def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, **settings):
+    """fit_many of one run: a Data2vec, or a FloatingPointError if it diverged."""
+    model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
     if model.diverged:
-        lr, decay = model.settings.lr, model.settings.decay
-        raise FloatingPointError(f"the loss is not finite at step {model.diverged}; "
-                                 f"try a smaller lr ({lr}) or decay ({decay})")
+        step = model.diverged
+        raise FloatingPointError(f"step {step}: the loss is not finite; lower lr or decay")
     return model
 
 
-# --------------------------------------------------------------------------------------------------
-# measures, all on fresh strings
+# ----------------------------------------------------------------------------------------
+# measures, all on fresh strings; features: strings (P, T) -> a list of maps (P, n, d)
 
 
 @torch.no_grad()
@@ -705,14 +687,12 @@ def encode(encoder, x):
 
 
 def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
-    """Which levels do features know? Three lists over l = 1..L-1: (unseen, seen, collapsed).
+    """Which levels do features know? Lists over l = 1..L-1: (unseen, seen, collapsed).
 
-    features: strings (P, T) -> a list of (P, n, d). A linear probe reads h^(l) from the features of
-    its node. It is fitted on strings in which one rule of every level-l symbol never occurs. unseen
-    is its accuracy on the tuples that this rule makes: it can only be right if synonyms look
-    alike. seen is that on the other tuples, whose parent it can look up: no proof of anything. Of
-    several maps the best counts. collapsed: whether the probe answers with fewer than v symbols.
-    Raises ValueError if m = 1."""
+    A linear probe reads h^(l) from the best map, at its node. It is fitted on strings without
+    one rule of every level-l symbol. unseen is its accuracy on tuples that this rule makes:
+    it is right only if synonyms look alike. seen: on others, whose parent it can look up.
+    collapsed: it answers with fewer than v symbols. Raises ValueError if m = 1."""
     v, s, L = grammar.v, grammar.s, grammar.L
     test = grammar.sample(settings.test_strings, (seed, 1), device)
     tested = features(test[0])
@@ -727,7 +707,8 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
         # and ask about the tuples that only this rule makes
         found = []
         for fitted, fresh in zip(features(known[0]), tested):
-            predict = linear_probe(pool(fitted, nodes).flatten(0, 1), known[l].flatten(), v)
+            fitted = pool(fitted, nodes).flatten(0, 1)
+            predict = linear_probe(fitted, known[l].flatten(), v)
             answer = predict(pool(fresh, nodes)).argmax(2)
             right = (answer == test[l]).float()     # (P, nodes)
             few = len(answer.unique()) < v
@@ -739,8 +720,8 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
 def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
-    features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64. All
-    probes start alike and see the same rows and dropout, whatever R."""
+    features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
+    All probes start alike and see the same rows and dropout, whatever R."""
     R, n, d = features.shape
     net = TwoLayers(R, d, 2 * d, aligned(v))
     net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
@@ -753,18 +734,23 @@ def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
         scores = net.second(hidden)[..., :v]                            # (R, batch, v)
         error = cross_entropy(scores, labels.index_select(1, rows).long())
         optimizer.zero_grad()
-        error.mean(1).sum().backward()  # every probe by its own mean, as if it were alone
+        error.mean(1).sum().backward()  # every probe by its own mean
         optimizer.step()
     return lambda h: net(h)[..., :v].argmax(2)
 
 
 def measure(models, grammars, seeds, device="cpu"):
-    """[Score] of what fit_many returned: levels 1..L-1 by unseen synonyms, and level L, the root,
-    by the paper's MLP probe of the last map, averaged over positions. floor: those untrained."""
+    """[Score] of what fit_many returned: levels 1..L-1 by unseen synonyms, and the root by
+    the paper's MLP probe of the last map, averaged over positions. floor: those untrained."""
     settings, v, R = models[0].settings, models[0].v, len(models)
-    encoders = [model.encoder for model in models] + [model.untrained for model in models]
-    pooled, found = [], []
-    for encoder, grammar, seed in zip(encoders, grammars * 2, seeds * 2):
+    encoders = [(model.encoder, g, seed) for model, g, seed in zip(models, grammars, seeds)]
+    # runs of one grammar and seed began alike, and have one floor
+    names = [(digest([g]), seed) for g, seed in zip(grammars, seeds)]
+    first = {name: names.index(name) for name in names}
+    encoders += [(models[r].untrained, grammars[r], seeds[r]) for r in first.values()]
+
+    found, pooled = [], []
+    for encoder, grammar, seed in encoders:
         features = partial(encode, encoder)     # strings -> maps
         accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, settings, device)
         found.append((accuracy, collapsed))
@@ -774,24 +760,23 @@ def measure(models, grammars, seeds, device="cpu"):
         pooled.append((*means, known[-1][:, 0], fresh[-1][:, 0]))
 
     # the probes of all roots side by side
-    known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))  # (2 R, n, ..)
-    answers = mlp_probe(known, labels, v, settings.probe_steps)(fresh)      # (2 R, n)
+    known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))
+    answers = mlp_probe(known, labels, v, settings.probe_steps)(fresh)
     roots = (answers == truth).float().mean(1).tolist()
     for (accuracy, collapsed), root, answer in zip(found, roots, answers):
         accuracy.append(root)
         collapsed.append(len(answer.unique()) < v)
 
-    scores = []
-    for model, (accuracy, collapsed), (floor, _) in zip(models, found[:R], found[R:]):
+    floors, scores = dict(zip(first, found[R:])), []
+    for model, name, (accuracy, collapsed) in zip(models, names, found):
         if model.diverged:
             accuracy, collapsed = [0.0] * model.L, [False] * model.L
-        scores.append(Score(accuracy, collapsed, floor, model.diverged))
+        scores.append(Score(accuracy, collapsed, floors[name][0], model.diverged))
     return scores
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
-    """Runs of the sweep, side by side: [Score], one for each grammar, P and seed; see measure.
-
+    """Runs of the sweep, side by side: [Score], one for each grammar, P and seed, by measure.
     Online, every one of P strings is seen once: there are P / batch steps."""
     grammars, seeds = list(grammars), list(seeds)
     v, s = grammars[0].v, grammars[0].s
@@ -810,58 +795,50 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
 
 @torch.no_grad()
 def token_losses(model, grammar, seed):
-    """How near is target token to what can be known? Three losses in nats per hidden token, on
-    the same fresh strings, masked as in training: (model, bayes, unigram).
-
-    bayes: the exact limit, -log P(token | visible tokens) by the rules. unigram: that of the
-    marginal distribution of every position. Raises ValueError for another target than token."""
+    """How near is target token to what can be known? Nats per hidden token of fresh strings,
+    masked as in training: (of the model, exact limit by the rules, marginals of positions)."""
     if model.target != "token":
         raise ValueError(f"model: must be trained with target token, not {model.target}")
-    settings, T = model.settings, grammar.s**grammar.L
-    device = next(model.learner.parameters()).device
+    v, s, L, settings = grammar.v, grammar.s, grammar.L, model.settings
     fresh = grammar.sample(settings.test_strings, (seed, 1))[0]
     # from the stream that drew no mask in training
     masks = settings.mask, settings.mask_block, stream(seed, 1)
-    hidden = draw_mask(len(fresh), grammar.L, grammar.s, *masks)            # (P, T)
-    nothing = torch.zeros(T, dtype=torch.bool)
+    hidden = draw_mask(len(fresh), L, s, *masks)                            # (P, T)
+    nothing = torch.zeros(s**L, dtype=torch.bool)
     unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
 
-    # in pieces that need no more than 256 MiB, if one string does not
-    piece = max(1, 2**28 // inference_bytes(grammar.v, grammar.s, grammar.m, grammar.L))
+    # exact inference in pieces of no more than 256 MiB, if one string needs less
+    need = 16 * s ** (L - 1) * v * grammar.m * (2 * s + 1)
+    piece = max(1, 2**28 // need)
+    device = model.encoder.embed.device
     losses = torch.zeros(3, dtype=torch.float64)
-    for x, gone in zip(fresh.split(piece), hidden.split(piece)):
-        scores = model.learner.predict(x.long()[None].to(device), gone[None].to(device))[0]
-        said = scores[0, :, :, : grammar.v].log_softmax(-1).cpu().double()  # (p, T, v)
+    for x, gone in zip(fresh.long().split(piece), hidden.split(piece)):
+        scores = model.learner.predict(x[None].to(device), gone[None].to(device))[0]
+        said = scores[0, :, :, :v].log_softmax(-1).cpu().double()           # (p, T, v)
         bayes = grammar.posterior(x, ~gone)[0].log()                        # (p, T, v)
         for i, log in enumerate((said, bayes, unigram.expand_as(said))):
-            of_token = log.gather(2, x.long()[..., None])[..., 0]           # (p, T)
+            of_token = log.gather(2, x[..., None])[..., 0]                  # (p, T)
             losses[i] -= of_token[gone].sum()
     return tuple((losses / hidden.sum()).tolist())
 
 
-def inference_bytes(v, s, m, L):
-    """What grammar.posterior needs for a string."""
-    return 16 * s ** (L - 1) * v * m * (2 * s + 1)
-
-
 @torch.no_grad()
 def synonym_scores(features, grammar, seed, settings, device="cpu"):
-    """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: a list of float.
+    """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: floats.
 
-    A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, always another one,
-    and all below is resampled. What may move is the map averaged under the node. C_l is 1 - (mean
-    distance moved by synonyms) / (mean distance moved by any tuple): 1 if synonyms are the same,
-    about 0 if they are nothing special, as in an untrained encoder."""
+    A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, and all below
+    is resampled. C_l is 1 - (mean distance that the node's mean features move by synonyms) /
+    (that by any tuple): 1 if synonyms are the same, 0 if they are nothing special."""
     levels = grammar.sample(min(1024, settings.test_strings), (seed, 1), device)
     before, strings = features(levels[0]), torch.arange(len(levels[0]), device=device)
     scores = []
     for l in range(1, grammar.L):
-        moved = []
+        nodes, moved = grammar.s ** (grammar.L - l), []
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
             # of every map, the mean distance that the swapped node of a string moves
             change = [b - a for a, b in zip(before, features(swapped[0]))]
-            change = [pool(h, grammar.s ** (grammar.L - l))[strings, node] for h in change]
+            change = [pool(h, nodes)[strings, node] for h in change]
             moved.append(torch.stack([h.norm(dim=1).mean() for h in change]))
         scores.append((1 - moved[0] / moved[1].clamp(min=1e-12)).max().item())
     return scores
@@ -869,8 +846,8 @@ def synonym_scores(features, grammar, seed, settings, device="cpu"):
 
 def spread(features, x, top):
     """Does the target collapse? (standard deviation, effective rank) of the latent target of
-    strings x, over positions and strings: the root mean square over its d features, and
-    exp(entropy of the covariance's normalised eigenvalues), from 1 to d. In float64 on the CPU."""
+    strings x: the root mean square over its d features, and exp(entropy of the covariance's
+    normalised eigenvalues), from 1 to d. In float64 on the CPU."""
     maps = features(x)[-top:]
     target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)         # (P, T, d)
     if not target.isfinite().all():
@@ -881,24 +858,52 @@ def spread(features, x, top):
     return eigenvalues.mean().sqrt().item(), entropy.exp().item()
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # alone
 
 
 def join_processes(parser, device):
-    """Join the other processes of torchrun; only rank 0 prints. Returns (rank, device)."""
-    kind = torch.device(device).type
-    if kind == "mps":
-        parser.error("argument --device: must be cpu or cuda under torchrun")
-    if kind == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # however long rank 0 measures, the others wait
-    forever = timedelta(days=365)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=forever)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), device
+    """Join the other processes of torchrun, if there are; rank 0 alone prints. Returns device."""
+    if "LOCAL_RANK" in os.environ:
+        if device.startswith("mps"):
+            parser.error("argument --device: must be cpu or cuda under torchrun")
+        if device != "cpu":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        # however long rank 0 measures, the others wait
+        forever = timedelta(days=365)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=forever)
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def look(encoder, grammar, seed, settings, device):
+    """What main shows while it trains, on few strings: spread, unseen, synonyms, in a row."""
+    few = deepcopy(settings)
+    few.test_strings = min(PIECE, few.test_strings)
+    few.probe_strings = min(PIECE, few.probe_strings)
+    features = partial(encode, encoder)
+    x = grammar.sample(few.test_strings, (seed, 1), device)[0]
+    unseen = unseen_synonyms(features, grammar, seed, few, device)[0]
+    synonyms = synonym_scores(features, grammar, seed, few, device)
+    return [*spread(features, x, few.top), *unseen, *synonyms]
+
+
+def print_scores(model, grammar, seed, device):
+    """The table at the end: what recover gives, beside an untrained encoder."""
+    score = measure([model], [grammar], [seed], device)[0]
+    where = f"on {model.settings.test_strings} fresh strings (chance {1 / model.v:.3f})"
+    print(f"\n{where:38}   trained   untrained")
+    rows = zip(score.accuracy, score.floor, score.collapsed)
+    for l, (right, floor, collapsed) in enumerate(rows, 1):
+        what = "unseen synonyms, best map" if l < model.L else "MLP probe of the last map"
+        mark = "   collapsed" if collapsed else ""
+        print(f"level {l}  {what:29}{right:10.3f}{floor:12.3f}{mark}")
+    if model.target == "token":
+        loss, bayes, unigram = token_losses(model, grammar, seed)
+        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
+              f"unigram {unigram:.3f}")
 
 
 def main():
@@ -921,85 +926,59 @@ def main():
         check_apart(args, "trace", "save", "resume")
     except ValueError as error:
         parser.error(f"argument --{error}")
-
-    rank, parallel = 0, "LOCAL_RANK" in os.environ  # which torchrun sets
-    if parallel:
-        rank, device = join_processes(parser, device)
-
-    settings = read_settings(SETTINGS, PRESETS, given)
-    if device == "cpu" and settings.width <= 64:
-        # more threads gain nothing on matrices this small, and wait where others work
-        torch.set_num_threads(1)
+    device = join_processes(parser, device)
+    rank, world = rank_and_world()
 
     # a trial of a few steps is measured little, or that would take longer than training
+    settings = read_settings(SETTINGS, PRESETS, given)
     few = max(8, settings.steps * settings.batch // 32)
     for name in ("test_strings", "probe_strings", "probe_steps"):
         given.setdefault(name, min(few, getattr(settings, name)))
     given.setdefault("probes", min(settings.steps // 20, settings.probes))
+    settings = read_settings(SETTINGS, PRESETS, given)
+    # more threads gain nothing on matrices this small, and wait where others work
+    if device == "cpu" and settings.width <= 64:
+        torch.set_num_threads(1)
 
-    # while it trains, measured on fewer strings
-    settings, quick = (read_settings(SETTINGS, PRESETS, given) for _ in range(2))
-    quick.test_strings = min(PIECE, settings.test_strings)
-    quick.probe_strings = min(PIECE, settings.probe_strings)
-    shown = grammar.sample(quick.test_strings, (seed, 1), device)[0]
     x = grammar if settings.online else grammar.sample(P, seed, device)[0]
     strings = "always fresh" if settings.online else P
     print(f"{strings} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(f"target {args.target}, {settings.encoder} encoder; by level, the best of its maps:")
     print("unseen: read from tuples that the probe never saw; synonyms: their score\n")
-
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
+
     # step 1 tells what an untrained encoder gets
     every = max(1, settings.steps // max(1, settings.probes))
     measured = {1, *range(every, settings.steps + 1, every)} if settings.probes else {}
-    trace = None
     bar = tqdm(total=settings.steps, unit="step", leave=False, disable=rank > 0)
-    with bar:
+    trace = None
 
-        def watch(step, loss, teacher):
-            nonlocal trace
-            trace = trace or open_trace(args.trace, [*columns, "v", "m", "P"], step)
-            bar.update(step - bar.n)
-            if step not in measured:
-                return
-            features = partial(encode, teacher)
-            unseen = unseen_synonyms(features, grammar, seed, quick, device)[0]
-            synonyms = synonym_scores(features, grammar, seed, quick, device)
-            numbers = [loss.item(), *spread(features, shown, settings.top), *unseen, *synonyms]
+    def watch(step, loss, teacher):
+        nonlocal trace
+        trace = trace or open_trace(args.trace, [*columns, "v", "m", "P"], step)
+        bar.update(step - bar.n)
+        if step in measured:
+            numbers = [loss.item(), *look(teacher, grammar, seed, settings, device)]
             seen = step * settings.batch if settings.online else P
             print(step, *numbers, v, m, seen, sep=",", file=trace, flush=True)
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
-        try:
-            more = watch if rank == 0 else None, device, args.resume, parallel
+    try:
+        with bar:
+            more = watch if rank == 0 else None, device, args.resume
             model = fit(x, v, s, args.target, seed, *more, **given)
-        except ValueError as error:  # of --resume; all else is checked
-            bar.close()
-            parser.error(f"argument --{error}")
-        except FloatingPointError as error:
-            bar.close()
-            parser.exit(1, f"{parser.prog}: {error}\n")
-    if parallel:
+    except ValueError as error:  # of --resume; all else is checked
+        parser.error(f"argument --{error}")
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if world > 1:
         dist.destroy_process_group()
-    if rank > 0:
-        return
-    if args.save:
-        model.save(args.save)
-
-    score = measure([model], [grammar], [seed], device)[0]
-    where = f"on {settings.test_strings} fresh strings (chance {1 / v:.3f})"
-    print(f"\n{where:38}   trained   untrained")
-    rows = zip(score.accuracy, score.floor, score.collapsed)
-    for l, (right, floor, collapsed) in enumerate(rows, 1):
-        what = "unseen synonyms, best map" if l < L else "MLP probe of the last map"
-        mark = "   collapsed" if collapsed else ""
-        print(f"level {l}  {what:29}{right:10.3f}{floor:12.3f}{mark}")
-    if args.target == "token":
-        loss, bayes, unigram = token_losses(model, grammar, seed)
-        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
-              f"unigram {unigram:.3f}")
+    if rank == 0:
+        if args.save:
+            model.save(args.save)
+        print_scores(model, grammar, seed, device)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,19 @@ Learner 2: stacked latent clustering, the paper's predictor-clusterer network (s
 L-1 modules of one form stand on top of each other, trained together by gradient descent.
 Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
 
-  predictor   tuple -> phi, a distribution for every element of every cousin tuple (the other
-              tuples under the same grandparent), one for each child position the tuple may have.
-              It is trained by cross-entropy, and the target is what the learners differ in:
-                latent  the cousins' level-l codes, from a teacher: v m^3 strings on every level
-                token   the raw tokens under the cousins: v m^(l+2) strings for level l
-                joint   latent, and the teacher's own symbol for the cousin, one level up (ours)
-  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like phi
-              are pulled to one code, and tuples with unlike phi are pushed apart.
+  predictor   tuple -> phi: a distribution for every element of its cousins, the other tuples
+              under the same grandparent. It is trained by cross-entropy, with the target
+                latent  the cousins' level-l codes, from a teacher
+                token   the raw tokens under the cousins
+                joint   latent, and the teacher's code of the cousin, one level up (ours)
+  clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like
+              phi are pulled to one code, and tuples with unlike phi are pushed apart.
 
 The paper's exact losses are not public: what we chose is said where it is done. R runs train
-side by side, and on one CPU thread a run is the same to the byte whichever runs stand beside it
-(where widths and batch are multiples of 16, as at v=8). Tables are in README and assets.
+side by side, to the same bytes as alone (on a CPU thread, widths and batch multiples of 16).
 
-With B = batch, module l holds R B s^(L-l-1) phi of s^3 d_h numbers, s^(l+3) d_h for tokens: the
-memory of a step grows as R B s^(L+2) d_h, L times that for tokens, and its time as hidden times
-that. k-means adds R L B^2 v. B and d_h are of order v; P strings are P s^L bytes, and m is free.
+The memory of a step grows as R B s^(L+2) d_h, L times that for tokens, and its time as hidden
+times that; k-means adds R L B^2 v. B and d_h are of order v. P strings are P s^L bytes.
 """
 
 import copy
@@ -55,13 +52,13 @@ SETTINGS = (
     Setting("codes", whole(0, 4096), 0, 128, "d_h, clusters of a module, v or more; 0 is 5 v / 4"),
     Setting("ema", real(0, 1), 0.985, 0.985, "what the teacher keeps of itself; 0: no teacher"),
     Setting("detach", choice("none", "layers", "layers+clusterer"), "none", "none",
-            "where no gradient flows: between modules, and from a clusterer to its predictor"),
+            "where no gradient flows: between modules, from a clusterer to its predictor"),
     Setting("combine", choice("sum", "upgrad"), "sum", "upgrad",
-            "the losses: their sum, or Jacobian descent, which needs the package torchjd"),
+            "the losses: their sum, or Jacobian descent by the package torchjd"),
     Setting("elements", choice("all", "one"), "all", "all",
-            "one: a single element of a single cousin is predicted, from one position"),
+            "one: one element of one cousin is predicted, from one position"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
-            "tuples with one code: of one k-means group, or of like phi (centred: minus its mean)"),
+            "tuples with one code: of one k-means group, or like phi (centred: minus mean)"),
     Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity of alike tuples"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
@@ -69,7 +66,7 @@ SETTINGS = (
     Setting("probes", whole(1), 80, None, "how often the script measures while it trains"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
-# upgrad needs a package that is not among our requirements, so it has to be asked for by name
+# upgrad needs a package that we don't require: it has to be asked for by name
 PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
 
 STARTS, TRIALS, ROUNDS = 4, 4, 5  # of k-means; trials are the candidates for a new seed
@@ -79,12 +76,12 @@ CHUNK_TOKENS = 2**16              # tokens that are encoded at once, at most
 CHUNK_NUMBERS = 2**24             # of phi, that come of them
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # one module
 
 
 class Linear(nn.Module):
-    """R linear maps side by side, one for every run: (R, n, inputs) -> (R, n, outputs)."""
+    """R linear maps, one for every run: (R, n, inputs) -> (R, n, outputs)."""
 
     def __init__(self, R, inputs, outputs):
         super().__init__()
@@ -96,7 +93,7 @@ class Linear(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Every run normalises its own batch, (R, n, width). There is no scale or shift to learn."""
+    """Every run normalises its own batch, (R, n, width), without scale or shift."""
 
     def __init__(self, R, width):
         super().__init__()
@@ -120,9 +117,8 @@ class BatchNorm(nn.Module):
 
 
 class Module(nn.Module):
-    """A predictor and a clusterer. heads: (own positions, cousins, elements) it predicts.
-
-    The paper's convolutions of kernel and stride s, then of kernel 1, are linear per tuple."""
+    """A predictor and a clusterer; heads: see heads_of. The paper's convolutions, of kernel and
+    stride s, then of kernel 1, are linear maps of a tuple."""
 
     def __init__(self, R, s, d, hidden, heads):
         super().__init__()
@@ -138,7 +134,7 @@ class Module(nn.Module):
         self.cluster = nn.Sequential(Linear(R, width, hidden), nn.GELU(), Linear(R, hidden, d))
 
     def forward(self, codes, local=False):
-        """codes: (R, B, n, d) -> log phi (R, N, *heads, d) of all N = B n/s tuples, and the
+        """codes: (R, B, n, d) -> log phi of all N = B n/s tuples, (R, N, *heads, d), and the
         codes of the level above, (R, B, n/s, d). local: the clusterer does not teach phi."""
         R, B, n, d = codes.shape
         tuples = codes.reshape(R, -1, self.s * d)              # (R, N, s d)
@@ -151,12 +147,12 @@ class Module(nn.Module):
         return log_phi, above.view(R, B, -1, d)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the network
 
 
 class Network(nn.Module):
-    """The L-1 modules of R runs. heads: the heads of each module, as in Module."""
+    """The L-1 modules of R runs. heads: one shape for each, see heads_of."""
 
     def __init__(self, R, s, d, hidden, heads):
         super().__init__()
@@ -164,9 +160,8 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Module(R, s, d, hidden, shape) for shape in heads)
 
     def forward(self, x, detach="none", top=None):
-        """x: (R, B, s^L) strings -> ([log phi of module l], [codes of level l]), l from 0 on.
-
-        Codes are (R, B, s^(L-l), d), those of level 0 the tokens. top: the last level wanted."""
+        """Strings (R, B, s^L) -> [log phi of every module], and the codes of every level from
+        the tokens on, each (R, B, s^(L-l), d). top: the last level wanted."""
         codes, log_phi = [F.one_hot(x.long(), self.sizes["d"]).float()], []
         for module in self.layers[:top]:
             below = codes[-1] if detach == "none" else codes[-1].detach()
@@ -183,57 +178,52 @@ class Network(nn.Module):
                 if isinstance(layer, Linear):
                     bound = layer.weight.shape[1] ** -0.5
                     layer.weight[r].uniform_(-bound, bound, generator=generator)
-            # a tuple is s ones among s d inputs: the first layer must have unit variance there,
-            # or it is nearly linear, and takes long to tell a tuple from its symbols
+            # a tuple is s ones among s d inputs, which must give unit variance: a first layer
+            # that is nearly linear takes long to tell a tuple from its symbols
             for module in self.layers:
                 module.predict[0].weight[r].normal_(std=module.s**-0.5, generator=generator)
 
     def run(self, r):
-        """A copy of run r alone."""
+        """A copy of run r, alone."""
         alone = Network(1, **self.sizes)
         alone.load_state_dict({name: w[r : r + 1] for name, w in self.state_dict().items()})
         return alone.to(next(self.parameters()).device)
 
 
 def heads_of(target, elements, s, L):
-    """For every module: (own positions, cousins, symbols known of a cousin) that it predicts."""
+    """What each module predicts, (own positions, cousins, symbols of a cousin): it does not
+    know which child its tuple is, so that there is a prediction for each position."""
     heads = []
     for l in range(L - 1):
-        own, others = s, s - 1
         symbols = s ** (l + 1) if target == "token" else s
-        if elements == "one":
-            own = others = symbols = 1
+        shape = (s, s - 1, symbols) if elements == "all" else (1, 1, 1)
         if target == "joint":
-            symbols += 1                                   # the cousin's own
-        heads.append((own, others, symbols))
+            shape = (*shape[:2], shape[2] + 1)
+        heads.append(shape)
     return heads
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # the losses; each is (R,) or (R, L-1), one number for every run
 
 
 def goal(target, codes, l, s, elements):
-    """What the tuples of level l are known by: (R, B, s^(L-l-1), E, d), for E symbols.
+    """What is the target? The symbols that a tuple of level l is known by, to its cousins.
 
-    codes: the teacher's, of the levels from 0 on."""
+    codes: the teacher's, of all levels from 0. Returns (R, B, n, E, d) for n tuples a string."""
+    known = codes[0] if target == "token" else codes[l]
     n = codes[0].shape[2] // s ** (l + 1)
-
-    def below(h):
-        symbols = h.unflatten(2, (n, -1))                  # (R, B, n, symbols under a tuple, d)
-        return symbols if elements == "all" else symbols[..., :1, :]
-
-    if target == "latent":
-        return below(codes[l])
-    if target == "token":
-        return below(codes[0])
-    if target == "joint":
-        return torch.cat([below(codes[l]), codes[l + 1].unsqueeze(3)], 3)
+    known = known.unflatten(2, (n, -1))                    # (R, B, n, symbols of a tuple, d)
+    if elements == "one":
+        known = known[..., :1, :]
+    if target == "joint":                                  # and by the tuple's own symbol
+        known = torch.cat([known, codes[l + 1].unsqueeze(3)], 3)
+    return known
 
 
 def prediction_loss(log_phi, aim, s):
-    """(loss, gain), (R,) both: the mean cross-entropy to what the cousins are known by, in nats,
-    and the share of what can be known about them that phi knows, without gradient.
+    """(R,) each: the mean cross-entropy to the cousins' goal, in nats, and the gain, the share
+    of what can be known of them that phi knows, without gradient.
 
     log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N."""
     R, N, I, C, E, d = log_phi.shape
@@ -260,20 +250,19 @@ def entropy(p):
 
 
 def grouping(phi, v, noise):
-    """Which tuples should have one code: (K, n) int64, groups 0..v-1, by k-means with v means.
+    """Which tuples should have one code: (K, n) int64, groups 0..v-1, by k-means with v means
+    and the distance KL(phi | mean). No threshold of distances would fit all v, m and s.
 
     phi: (K, n, D), every tuple's distributions in a row, for K modules and runs side by side;
-    noise: (K, v, STARTS, TRIALS) uniform numbers. The distance is KL(phi | mean of the group).
-    How far parents are apart depends on v, m, s and on how well phi is known, so no threshold
-    fits all, and a partition needs none."""
+    noise: (K, v, STARTS, TRIALS) uniform numbers."""
     K, n, _ = phi.shape
     x = phi + 1e-3                                         # no symbol is impossible
     log = x.log()
     own = (x * log).sum(-1)                                # (K, n)
     distance = (own[:, None] - log @ x.mT).clamp(min=0)    # (K, n, n): of column from row
 
-    # greedy k-means++: of a few tuples, drawn in proportion to their distance from the nearest
-    # seed, the one that leaves the least distance is the next seed
+    # greedy k-means++: a few tuples are drawn in proportion to their distance from the nearest
+    # seed, and the one that leaves the least distance is the next seed
     near = torch.full((K, STARTS, n), 1e9, device=x.device)
     k = torch.arange(K, device=x.device)[:, None]
     seeds = []
@@ -298,9 +287,9 @@ def grouping(phi, v, noise):
 
 
 def similar(phi, threshold, centred):
-    """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is above
-    the threshold. Every phi is near the mean over the batch, so that all pairs may be alike and
-    the codes collapse. centred: phi minus that mean; see assets/RESULTS.md."""
+    """The paper's rule: (..., n, D) -> (..., n, n) bool, S_ij = (1 + cos(phi_i, phi_j))/2 is
+    above the threshold. Every phi is near the mean of the batch, so that all pairs may be
+    alike; centred: that mean is subtracted first."""
     if centred:
         phi = phi - phi.mean(-2, keepdim=True)
     unit = F.normalize(phi, dim=-1)
@@ -312,8 +301,8 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     -log(1 - c_i.c_j) where they are not; and sparsity times the mean entropy of a code.
 
     codes: (..., n, d) soft codes; alike: (..., n, n) bool. Returns (...), one for each module.
-    The form is ours: unlike a squared distance, the logarithm keeps a gradient between nearly
-    one-hot codes, so that two codes that split one symbol can still merge."""
+    The form is ours: the logarithm keeps a gradient between nearly one-hot codes, so that
+    two codes that split one symbol can still merge."""
     n = codes.shape[-2]
     overlap = codes @ codes.mT                             # (..., n, n)
     alike = alike.float()                                  # torch.where would be slow
@@ -331,15 +320,14 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
 
 def losses(student, wanted, draw, options):
     """(prediction, clustering), (R, L-1) each: the losses of every run and module.
-
     wanted: the teacher's codes of the same strings; draw: what draws gives for a step."""
     strings, chosen, noise = draw
-    s, run = student.sizes["s"], torch.arange(len(strings), device=strings.device)[:, None]
+    run = torch.arange(len(strings), device=strings.device)[:, None]
     log_phi, codes = student(strings, options.detach)
     prediction, gain, phi, items = [], [], [], []
     for l, guess in enumerate(log_phi):
-        aim = goal(options.target, wanted, l, s, options.elements)
-        loss, known = prediction_loss(guess, aim, s)
+        aim = goal(options.target, wanted, l, student.sizes["s"], options.elements)
+        loss, known = prediction_loss(guess, aim, student.sizes["s"])
         prediction.append(loss)
         gain.append(known)
 
@@ -355,55 +343,53 @@ def losses(student, wanted, draw, options):
     # raw tokens are more the higher the module: zeros fill up what the lower ones lack
     widest = phi[-1].shape[-1]
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
+    items = torch.stack(items, 1)                                      # (R, L-1, n, d)
     if options.alike == "groups":
         group = grouping(phi.flatten(0, 1), options.v, noise.flatten(0, 1))
         group = group.view(phi.shape[:3])                              # (R, L-1, n)
         alike = group[..., None] == group[..., None, :]
     else:
         alike = similar(phi, options.threshold, options.alike == "centred")
-    items = torch.stack(items, 1)                                      # (R, L-1, n, d)
     clustering = clustering_loss(items, alike, options.separation, options.sparsity)
-
     # first predict, then cluster
     if options.gate:
         clustering = clustering * (torch.stack(gain, 1) / options.gate).clamp(0, 1)
     return torch.stack(prediction, 1), clustering
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # training
 
 
-def draws(xs, s, L, batch, v, generators, device):
-    """Endless random numbers, every run's from its own CPU generator, BLOCK steps at once.
-
-    Gives for a step: strings (R, B, s^L), the batch of every run; chosen (R, L-1, 2 B) int64,
-    two different tuples of every string, as places among those of the batch, for each module;
-    noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
-    tuples = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])      # (L-1, 1) in a string
-    start = tuples * torch.arange(batch)                                   # (L-1, B)
+def draws(xs, s, L, options, generators, device):
+    """Yields what every step draws, each run from its own CPU generator: strings (R, B, s^L);
+    chosen (R, L-1, 2 B) int64, for each module two different tuples of every string, as
+    places in the batch; noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
+    B = options.batch
+    tuples = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])  # (L-1, 1) in a string
+    start = tuples * torch.arange(B)                       # (L-1, B), the first of each string
     while True:
         block = []
         for x, generator in zip(xs, generators):
-            if isinstance(x, Grammar):                                     # always fresh strings
+            if isinstance(x, Grammar):
                 seed = int(torch.randint(2**31, (1,), generator=generator))
-                strings = x.sample(BLOCK * batch, seed)[0].view(BLOCK, batch, -1)
+                strings = x.sample(BLOCK * B, seed)[0].view(BLOCK, B, -1)
             else:
-                rows = torch.randint(len(x), (BLOCK, batch), generator=generator)
+                rows = torch.randint(len(x), (BLOCK, B), generator=generator)
                 strings = x[rows.to(x.device)]
-            one, two = torch.rand(BLOCK, L - 1, batch, 2, generator=generator).unbind(-1)
-            noise = torch.rand(BLOCK, L - 1, v, STARTS, TRIALS, generator=generator)
-            first = (one * tuples).long()                                  # (BLOCK, L-1, B)
+            one, two = torch.rand(BLOCK, L - 1, B, 2, generator=generator).unbind(-1)
+            first = (one * tuples).long()                  # (BLOCK, L-1, B)
             second = (first + 1 + (two * (tuples - 1)).long()) % tuples
             chosen = torch.cat([start + first, start + second], -1)
+            noise = torch.rand(BLOCK, L - 1, options.v, STARTS, TRIALS, generator=generator)
             block.append([part.to(device) for part in (strings, chosen, noise)])
         yield from zip(*(torch.stack(part, 1) for part in zip(*block)))
 
 
 def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
-    """The training loop, for R runs of equally many steps. Returns R Predictors."""
+    """The loop, for R runs of equally many steps. Returns R Predictors."""
     # every run has its own generator, for its weights and then for its batches
-    R, v, target = len(xs), options.v, options.target
+    R, target = len(xs), options.target
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     heads = heads_of(target, options.elements, s, L)
     student = Network(R, s, options.codes, options.hidden, heads)
@@ -413,7 +399,6 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
     weights = list(student.parameters())
     # not fused: that one rounds the last few weights of a tensor in another way
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
-    random = draws(xs, s, L, options.batch, v, generators, device)
     top = {"token": 0, "latent": L - 2, "joint": L - 1}[target]    # the last level it teaches
 
     # a run that was killed goes on; ended: what has diverged, run -> (step, its weights)
@@ -421,14 +406,13 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
     about = {"s": s, "depth": L, "seed": list(seeds), "device": torch.device(device).type}
     checkpoint = Checkpoint(resume, parts, generators, xs, about | vars(options))
     done, ended = checkpoint.load()
-    for norm in student.modules():
-        if isinstance(norm, BatchNorm):
-            norm.batches = done
+    for module in student.layers:
+        module.norm.batches = done
 
-    for step in range(done, steps):
-        draw = next(random)
+    random = draws(xs, s, L, options, generators, device)
+    for step, draw in zip(range(done + 1, steps + 1), random):
         if options.schedule == "linear":
-            optimizer.param_groups[0]["lr"] = options.lr * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - (step - 1) / steps)
 
         # the teacher reads the same strings, and nothing flows back into it
         with torch.no_grad():
@@ -440,7 +424,7 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
         # a run whose loss is not finite ends here, and its neighbours go on
         for r, finite in enumerate(loss.isfinite().tolist()):
             if not finite and r not in ended:
-                ended[r] = step + 1, student.run(r).state_dict()
+                ended[r] = step, student.run(r).state_dict()
         if len(ended) == R:
             break
 
@@ -457,19 +441,17 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
             for old, new in zip(teacher.parameters(), weights):
                 old.mul_(options.ema).add_(new, alpha=1 - options.ema)
         if watch:
-            watch(step + 1, steps, student, prediction.detach())
+            watch(step, steps, student, prediction.detach())
         # between two draws the generators' states say all about the steps to come
-        last = step + 1 == steps
-        if last or (step + 1) % BLOCK == 0:
-            checkpoint.save(step + 1, ended, last)
+        if step == steps or step % BLOCK == 0:
+            checkpoint.save(step, ended, step == steps)
 
     learned = []
     for r in range(R):
-        network, diverged = student.run(r), 0
-        if r in ended:
-            diverged, weights = ended[r]
-            network.load_state_dict(weights)
-        learned.append(Predictor(network, v, target, diverged))
+        network = student.run(r)
+        diverged, kept = ended.get(r, (0, network.state_dict()))
+        network.load_state_dict(kept)
+        learned.append(Predictor(network, options.v, target, diverged))
     return learned
 
 
@@ -482,39 +464,41 @@ def jacobian_descent(parts, weights):
     jac_to_grad(weights, UPGrad())
 
 
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **settings):
-    """R runs side by side: run r learns from the strings xs[r] with seeds[r]. R Predictors.
-
-    xs: for each run (P, s^L) symbols 0..v-1, as a tensor, array or lists; P may differ. Or a
-    Grammar, for online training on always fresh strings, on the CPU.
-    settings: see SETTINGS. watch(step, steps, network, prediction) is called after every step,
-    with the Network of the runs that train together and their prediction losses, (R, L-1).
-    resume: a file, written every minute and at the end; if it exists, the runs go on from it.
-    All runs must then have equally many steps.
-    A run whose loss stops being finite keeps the weights and the number of that step, as
-    diverged. Raises ValueError, naming the argument or setting."""
-    check_whole("v", v, 2, 256)
-    for seed in seeds:
+def check_runs(xs, v, s, seeds):
+    """(runs, L): xs as tensors or grammars. Raises ValueError unless all have one size."""
+    runs, sizes = [], set()
+    for x, seed in zip(xs, seeds):
         check_whole("seed", seed, 0)
-    options = read_options(v, target, settings)
-    if len(xs) != len(seeds) or len(xs) == 0:
-        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
-    strings, sizes, device = [], set(), "cpu"
-    for x in xs:
         if isinstance(x, Grammar):
             sizes.add((x.v, x.s, x.L))
         else:
             x, L = as_strings(x, v, s)
             sizes.add((v, s, L))
-            device = x.device
-        strings.append(x)
+        runs.append(x)
+    if len(seeds) != len(xs) or not runs:
+        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
     L = max(L for _, _, L in sizes)
     if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
+    return runs, L
+
+
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **settings):
+    """Train R runs of one size side by side. Returns a list of Predictor, one for each.
+
+    xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
+    fresh strings on the CPU; P may differ. settings: rows of SETTINGS, or preset.
+    watch(step, steps, network, prediction) is called after every step, with the Network of
+    the runs that train together and their prediction losses, (R, L-1). resume: a file,
+    written every minute and at the end; if it is there, the runs go on from it.
+    A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
+    xs, L = check_runs(xs, v, s, seeds)
+    options = read_options(v, target, settings)
+    device = next((x.device for x in xs if not isinstance(x, Grammar)), "cpu")
 
     # runs of equally many steps share one loop; Jacobian descent takes one run at a time
     together = {}
-    for r, x in enumerate(strings):
+    for r, x in enumerate(xs):
         steps = options.steps
         if not isinstance(x, Grammar):
             steps = min(steps, math.ceil(options.epochs * len(x) / options.batch))
@@ -524,9 +508,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **s
         raise ValueError("resume: is for runs that train in one loop, with equally many steps")
     learned = {}
     for (steps, _), runs in together.items():
-        x, seed = [strings[r] for r in runs], [seeds[r] for r in runs]
-        trained = train(x, s, L, seed, steps, options, device, watch, resume)
-        learned.update(zip(runs, trained))
+        x, seed = [xs[r] for r in runs], [seeds[r] for r in runs]
+        learned |= zip(runs, train(x, s, L, seed, steps, options, device, watch, resume))
     return [learned[r] for r in range(len(xs))]
 
 
@@ -555,7 +538,7 @@ def read_options(v, target, settings):
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
-    """Raise ValueError, naming the flag, if a run of these sizes would need too much memory."""
+    """Raises ValueError, naming the flag, unless one run works and fits into memory."""
     options = read_options(v, target, settings)
     hidden, d, batch = options.hidden, options.codes, options.batch
     check_memory("depth", strings_bytes(options.test_strings, s, L), "the test strings")
@@ -570,13 +553,12 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     check_memory("batch", 4 * numbers + BLOCK * batch * s**L, "a step")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # what is learned, and its scores
 
 
 class Predictor:
-    """What one run has learned: a Network of one run, and v. It only reads, and learns no more.
-
+    """What fit returns: a Network of one run, which learns no more.
     diverged: the step whose loss was not finite, 0 if all were."""
 
     def __init__(self, network, v, target, diverged=0):
@@ -590,22 +572,21 @@ class Predictor:
 
     @torch.no_grad()
     def codes(self, x):
-        """(P, s^L) strings -> the soft codes of levels 1..L-1, (P, s^(L-l), d), or ValueError."""
+        """Strings (P, s^L) -> the soft codes of levels 1..L-1, (P, s^(L-l), d)."""
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
-            raise ValueError(f"x: must have s^L = {self.s**self.L} tokens, not {x.shape[1]}")
+            raise ValueError(f"x: must have {self.s**self.L} tokens a string, not {x.shape[1]}")
         x = x.to(next(self.network.parameters()).device)
-        # of a string, phi is largest on some level l, where it has s^(L-l-1) tuples
+        # phi is largest on level 0, where a string has s^(L-1) tuples
         sizes, T = self.network.sizes, self.s**L
-        tuples = [T // self.s ** (l + 1) for l in range(L - 1)]
-        largest = max(n * math.prod(shape) for n, shape in zip(tuples, sizes["heads"]))
-        chunk = min(CHUNK_TOKENS // T, CHUNK_NUMBERS // (largest * sizes["d"])) + 1
+        largest = T // self.s * math.prod(sizes["heads"][0]) * sizes["d"]
+        chunk = min(CHUNK_TOKENS // T, CHUNK_NUMBERS // largest) + 1
         parts = [self.network(some[None])[1][1:] for some in x.split(chunk)]
         return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
-        """(P, s^L) strings -> levels: levels[0] the strings, levels[l] (P, s^(L-l)) int64 ids,
-        l = 1..L-1. Raises ValueError, naming x."""
+        """Strings (P, s^L) -> levels 0 to L-1, the strings and then int64 ids, (P, s^(L-l)).
+        Raises ValueError, naming x."""
         ids = [codes.argmax(-1) for codes in self.codes(x)]
         return [as_strings(x, self.v, self.s)[0], *ids]
 
@@ -617,53 +598,47 @@ class Predictor:
 
 
 def load(file):
-    """The Predictor that save wrote, on the CPU. Raises ValueError if it wrote no such file."""
+    """The Predictor that save wrote, on the CPU. Raises ValueError for any other file."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         network = Network(1, **saved["sizes"])
         network.load_state_dict(saved["weights"])
-        learned = Predictor(network, **saved["predictor"])
-        right = learned.v in range(2, network.sizes["d"] + 1)
+        check_whole("v", saved["predictor"]["v"], 2, saved["sizes"]["d"])
+        return Predictor(network, **saved["predictor"])
     except OSError:
         raise
     except Exception:
-        right = False
-    if not right:
-        raise ValueError(f"file: {file} is not what Predictor.save wrote")
-    return learned
+        raise ValueError(f"file: {file} was not written by predictor.py") from None
 
 
 def score(learned, levels, truth):
     """([accuracy], [symbols in use], below) of the levels 1..L of fresh strings.
 
     levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
-    codes as well as can be; a symbol in use is that of 1 in 1000 tuples or more. The root is
-    read by the paper's linear probe of the final code, trained on the training strings. below:
-    the accuracy of that probe on level L-1 (fig. 3 right), at each node from its final code.
-    Where d_h >= v m it can read tuples that were never merged; a matching can't."""
-    right, in_use = [], []
+    codes; a symbol in use is that of 1 in 1000 tuples. The root is read from the final code by
+    the paper's linear probe, trained on levels. below: what that probe reads on level L-1, of
+    one node (fig. 3 right). Where d_h >= v m, tuples that were never merged are enough."""
+    right, in_use, v = [], [], learned.v
     known, codes = learned.codes(levels[0])[-1], learned.codes(truth[0])
     for code, symbols in zip(codes, truth[1:]):
         labels = code.argmax(-1)
-        right.append(accuracy(labels, symbols, learned.v))
+        right.append(accuracy(labels, symbols, v))
         share = labels.flatten().bincount() / labels.numel()
         in_use.append(int((share >= 1e-3).sum()))
 
-    fresh = codes[-1]                                                            # (P, s, d)
-    read = linear_probe(known.flatten(1), levels[-1][:, 0], learned.v)
-    root = read(fresh.flatten(1)).argmax(-1)                                     # (P,)
+    fresh = codes[-1]                                      # (P, s, d)
+    read = linear_probe(known.flatten(1), levels[-1][:, 0], v)
+    root = read(fresh.flatten(1)).argmax(-1)               # (P,)
     right.append((root == truth[-1][:, 0]).float().mean().item())
     in_use.append(len(root.unique()))
-    read = linear_probe(known.flatten(0, 1), levels[-2].flatten(), learned.v)
+    read = linear_probe(known.flatten(0, 1), levels[-2].flatten(), v)
     below = (read(fresh).argmax(-1) == truth[-2]).float().mean().item()
     return right, in_use, below
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
-    """What the sweep asks: run r learns from samples[r] strings of grammars[r], with seeds[r].
-
-    All grammars have the same v, s, m, L. Returns a Score of the levels 1..L for each run;
-    its floor is the same network, untrained."""
+    """Runs of the sweep, side by side: [Score] of levels 1..L, one for each grammar, P and
+    seed, by score; the floor is that of the same network, untrained."""
     v, s = grammars[0].v, grammars[0].s
     tested = read_options(v, target, settings).test_strings
     known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
@@ -706,37 +681,35 @@ def main():
     except ValueError as error:
         parser.error(f"argument --{error}")
 
-    levels = grammar.sample(P, args.seed, device)
     options = read_options(v, args.target, settings)
     if device == "cpu" and options.hidden <= 64:
         # more threads gain nothing on matrices this small, and wait where others work
         torch.set_num_threads(1)
+    levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(options.test_strings, (args.seed, 1), device)
     columns = [f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction")]
-    trace = None
-    with tqdm(unit="step") as bar:
+    bar, trace = tqdm(unit="step"), None
 
-        def watch(step, steps, network, prediction):
-            nonlocal trace
-            trace = trace or open_trace(args.trace, ["step", *columns, "v", "m", "P"], step)
-            bar.total = steps
-            bar.update(step - bar.n)
-            if step % max(1, steps // options.probes) and step != steps:
-                return
+    def watch(step, steps, network, prediction):
+        nonlocal trace
+        trace = trace or open_trace(args.trace, ["step", *columns, "v", "m", "P"], step)
+        bar.total = steps
+        bar.update(step - bar.n)
+        if step % max(1, steps // options.probes) == 0 or step == steps:
             labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
             right = [accuracy(labels[l], truth[l][:256], v) for l in range(1, L)]
             pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(right, prediction[0].tolist())]
             print(step, *pairs, v, m, P, sep=",", file=trace, flush=True)
             bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in right))
 
-        try:
-            learned = fit(levels[0], v, s, args.target, args.seed, watch, args.resume, **settings)
-        except ValueError as error:  # of --resume; all else is checked
-            bar.close()
-            parser.error(f"argument --{error}")
-        except FloatingPointError as error:
-            bar.close()
-            parser.exit(1, f"{parser.prog}: {error}\n")
+    try:
+        with bar:
+            more = watch, args.resume
+            learned = fit(levels[0], v, s, args.target, args.seed, *more, **settings)
+    except ValueError as error:  # of --resume; all else is checked
+        parser.error(f"argument --{error}")
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     if args.save:
         learned.save(args.save)
 
