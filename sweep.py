@@ -643,6 +643,9 @@ class Folder:
                 for (cell, P, seed), run in read_runs(file).items():
                     self.runs.setdefault((cell, seed), {}).setdefault(P, run)
 
+    def count(self):
+        return sum(map(len, self.runs.values()))
+
     def write(self, name, text):
         write_whole(self.path / name, lambda file: file.write(text.encode()))
 
@@ -785,15 +788,15 @@ def cells_from_flags(args):
 
 
 def draw(out):
-    """The pictures, if they can be drawn; nothing that goes wrong there is a reason to fail."""
+    """The pictures, if they can be drawn; nothing that goes wrong there is a reason to fail.
+    Returns lines to print."""
     try:
         import plot  # matplotlib is its business alone
 
-        for picture in plot.draw(out):
-            print(f"wrote {picture}")
+        return [f"wrote {picture}" for picture in plot.draw(out)]
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
-        print(f"no picture: {reason.splitlines()[0]}")
+        return [f"no picture: {reason.splitlines()[0]}"]
 
 
 def end(error, folder):
@@ -803,8 +806,7 @@ def end(error, folder):
     from_pool = isinstance(error, futures.BrokenExecutor)
     if isinstance(error, RuntimeError) and not from_pool and "memory" not in line:
         raise error
-    count = sum(map(len, folder.runs.values()))
-    safe = f"{count} finished runs are safe in {folder.path}, the same command continues"
+    safe = f"{folder.count()} finished runs are safe in {folder.path}, the same command continues"
     if not folder.file.parent.is_dir():
         safe = f"{folder.path} is gone, and its runs with it"
     print(f"\nsweep.py: {'stopped' if is_stop else line}; {safe}", file=sys.stderr)
@@ -863,7 +865,12 @@ def main():
         sweep(cells, folder, args.max_samples, device, jobs, write_tables, rank, size)
         if rank > 0:
             return
-        rows = write_tables()
+        known = -1
+        while known < folder.count():       # another sweep may have finished meanwhile
+            rows = write_tables()
+            known = folder.count()
+            pictures = draw(folder.path)
+            folder.read()
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Refused) as error:
         end(error, folder)
     print(tables(rows, is_long=False))
@@ -871,7 +878,8 @@ def main():
     devices = {run.device for rungs in folder.runs.values() for run in rungs.values()}
     if devices - {device}:
         print(f"runs of this folder were made on {', '.join(sorted(devices))}")
-    draw(Path(args.out))
+    for line in pictures:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -2010,7 +2010,7 @@ def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_pat
 def sweep_here(monkeypatch, capsys, out, *flags):
     """A sweep in this process. Returns (exit code, what it printed, what it complained of)."""
     monkeypatch.setattr(sys, "argv", ["sweep.py", *flags, "--jobs", "1", "--device", "cpu", "--out", str(out)])
-    monkeypatch.setattr(sweep, "draw", lambda out: None)
+    monkeypatch.setattr(sweep, "draw", lambda out: [])
     code = 0
     try:
         sweep.main()
@@ -2112,13 +2112,12 @@ def test_what_ends_a_sweep_from_outside_gets_one_line(error, code, tmp_path, mon
     assert got == code and "2 finished runs are safe" in said.splitlines()[-1] and "Traceback" not in said
 
 
-def test_no_picture_is_a_reason_to_fail(tmp_path, monkeypatch, capsys):
+def test_no_picture_is_a_reason_to_fail(tmp_path, monkeypatch):
     def fail(out):
         raise RuntimeError("no fonts\nat all")
 
     monkeypatch.setattr(plot, "draw", fail)
-    sweep.draw(tmp_path)
-    assert capsys.readouterr().out == "no picture: no fonts\n"
+    assert sweep.draw(tmp_path) == ["no picture: no fonts"]
 
 
 def files(folder):
