@@ -275,6 +275,7 @@ def slope(points, scale):
     x = np.array(list(points), float)
     x -= x.mean()
     value, low, high = estimate(list(points.values()), x / (x**2).sum(), scale, 2)
+    value = value.replace("?", "")
     return f"{value} [{low}, {high}]" if low else value
 
 
