@@ -47,8 +47,12 @@ DRAWN = 100                                # steps whose strings and masks are d
 
 
 def mask_block(text):
-    """An argparse type: a level, top or mixed."""
-    return text if text in ("top", "mixed") else whole(0, 24)(text)
+    """An argparse type: a level, or one of two words."""
+    if text in ("top", "mixed"):
+        return text
+    if not str(text).isdecimal():
+        raise ArgumentTypeError(f"must be a level, top or mixed, not {text!r:.20}")
+    return whole(0, 24)(text)
 
 
 def eights(text):

@@ -503,6 +503,8 @@ def whole_numbers(name, x, v=None):
     try:
         x = torch.as_tensor(x)
         torch.iinfo(x.dtype)                # of integers alone
+        if x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
+            x = x.long()                    # torch has no minimum of the larger unsigned ones
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name}: must hold whole numbers, in rows of one length") from None
     if v is not None and x.numel() > 0:
@@ -723,6 +725,8 @@ def write_whole(path, write):
         with open(part, "wb") as file:
             write(file)
         os.replace(part, path)
+    except RuntimeError:                    # torch's word for a full disk
+        raise OSError(f"{path} cannot be written") from None
     finally:
         if os.path.exists(part):
             os.remove(part)

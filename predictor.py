@@ -36,7 +36,7 @@ from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags,
     add_settings, as_strings, check_apart, check_memory, check_whole, choice, cousins,
     given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
-    pick_device, read_settings, real, run_script, strings_bytes, whole,
+    pick_device, read_settings, real, run_script, strings_bytes, whole, write_whole,
 )
 
 TARGETS = ("latent", "token", "joint")
@@ -594,7 +594,8 @@ class Predictor:
         """Write sizes and weights to a file, for load."""
         about = {"v": self.v, "target": self.target, "diverged": self.diverged}
         weights = self.network.state_dict()
-        torch.save({"predictor": about, "sizes": self.network.sizes, "weights": weights}, file)
+        saved = {"predictor": about, "sizes": self.network.sizes, "weights": weights}
+        write_whole(file, lambda part: torch.save(saved, part))
 
 
 def load(file):

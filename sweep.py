@@ -18,11 +18,11 @@ twice the last. One seed is one fresh grammar and one fresh sample. A ladder end
   - for a network, whose steps are fixed ("limited by steps"): before it would see each
     string fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not
     raised its best accuracy by 0.05.
-P50 is the smallest P from which the accuracy is above 0.5 on two rungs in a row,
+P50 is the smallest P from which the accuracy is 0.5 or more on two rungs in a row,
 interpolated in log P; P90 is the same for 0.9. What higher rungs bring changes neither.
 
 It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
-(samples_vs_depth.csv, .md, .png) and, in settings.json, what the rows don't say.
+(samples_vs_depth.csv, .md), pictures and, in settings.json, what the rows don't say.
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
 """
 
@@ -370,15 +370,17 @@ def cell_text(row, part, is_long):
 
 def size_table(size, rows, is_long):
     """The rows of one size as lines, a table in Markdown: a line for every method, then for
-    every root. Growth is counted from L = 3 on, as a tree of depth 2 has no cousins but under
+    every root. Growth is by level, from L = 3 on, as a tree of depth 2 has no cousins but under
     the root; its column ends with the depths that it covers."""
     depths = sorted({row["L"] for row in rows})
-    table = [[size, *(f"L={L}" for L in depths), "growth a level, L", "law"]]
+    table = [[size, *(f"L={L}" for L in depths), "growth, L", "law"]]
     names = dict.fromkeys(row["method"] for row in rows)
     for part, name in itertools.product(("", "root_"), names):
         line = {row["L"]: row for row in rows if row["method"] == name and part + "stars" in row}
         stars = {L: row[part + "stars"] for L, row in line.items() if L > 2 and row["stars"]}
         growth = slope(stars, math.exp)
+        if growth and not is_long:          # 80 columns have no room for its interval
+            growth = growth.partition(" [")[0]
         if growth:
             growth += f" {min(stars)}..{max(stars)}"
         cells = [cell_text(line[L], part, is_long) if L in line else "" for L in depths]

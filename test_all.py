@@ -1499,8 +1499,8 @@ def test_probes_read_planted_features_and_nothing_else():
     labels, test = (torch.randint(8, (n,), generator=random) for n in (2048, 4096))
     planted = torch.randn(8, 32, generator=random)
     stacked = []
-    for signal, low, high in ((1.0, 0.99, 1.0), (0.0, 0.08, 0.17)):
-        train, fresh = (signal * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random) for y in (labels, test))
+    for size, low, high in ((1.0, 0.99, 1.0), (0.0, 0.08, 0.17)):
+        train, fresh = (size * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random) for y in (labels, test))
         right = (linear_probe(train, labels, 8)(fresh).argmax(1) == test).float().mean()
         assert low <= right <= high
         answer = data2vec.mlp_probe(train[None], labels[None], 8, steps=150, lr=2e-2)(fresh[None])
@@ -1999,7 +1999,7 @@ def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_pat
     both = [start_sweep(broken), start_sweep(broken, "--seeds", "1")]
     for done in (straight, *both):
         out, said = done.communicate()
-        assert done.returncode == 0 and "growth a level" in out and "Traceback" not in said, said
+        assert done.returncode == 0 and "growth, L" in out and "Traceback" not in said, said
     assert torn.read_bytes() == before  # nobody writes into another's file
     assert rows_without_seconds(whole) == rows_without_seconds(broken)
     for name in ("samples_vs_depth.csv", "samples_vs_depth.md", "settings.json", "samples_vs_depth.png"):
