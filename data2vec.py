@@ -92,7 +92,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("cooldown", real(0, 1), 0.2, 0.0, "last share of the steps, in which it falls to 0"),
     Setting("bfloat16", switch, False, None, "products in bfloat16, by autocast"),
     Setting("compile", switch, False, None, "torch.compile, which needs a compiler"),
-    Setting("probes", whole(0), 25, None, "how often the script measures while it trains"),
+    Setting("probes", whole(0), 20, None, "how often the script measures while it trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), 2048, None, "strings a probe is fitted on"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
