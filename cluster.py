@@ -21,6 +21,10 @@ All depends on the target. Every level between it and the tuple costs a factor o
   joint   the cousin tuple itself, one of v m: v m^2. The table of cousin pairs is
           clustered from both sides.
 These laws are measured by sweep.py; the table is in README.md.
+
+Time grows as P s^(L+1), for tokens L times that, plus k-means of v m contexts a level. Memory
+is P s^L bytes for the strings, and v m contexts of s^2 (s-1) v numbers: for tokens of level l
+s^l times as many, for joint one table of (v m)^2. Runs of a sweep (R) go one by one.
 """
 
 import torch
