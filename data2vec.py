@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_device, check_memory, check_whole, choice, digest,
+    as_strings, check_apart, check_device, check_memory, check_runs, choice, digest,
     given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
@@ -610,25 +610,6 @@ def check_speed(options, device):
     except Exception as error:  # each compiler has its own
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: does not work on {device} here: {reason:.80}") from None
-
-
-def check_runs(xs, v, s, seeds):
-    """(runs, L): xs as tensors or grammars. Raises ValueError unless all have one size."""
-    runs, sizes = [], set()
-    for x, seed in zip(xs, seeds):
-        check_whole("seed", seed, 0)
-        if isinstance(x, Grammar):
-            sizes.add((x.v, x.s, x.L))
-        else:
-            x, L = as_strings(x, v, s)
-            sizes.add((v, s, L))
-        runs.append(x)
-    if len(seeds) != len(xs) or not runs:
-        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
-    L = max(L for _, _, L in sizes)
-    if sizes != {(v, s, L)}:
-        raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
-    return runs, L
 
 
 def one_run(module, r):

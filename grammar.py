@@ -548,6 +548,25 @@ def as_strings(x, v, s):
     return x.to(torch.uint8), L
 
 
+def check_runs(xs, v, s, seeds):
+    """(runs, L): xs as tensors or grammars. Raises ValueError unless all have one size."""
+    runs, sizes = [], set()
+    for x, seed in zip(xs, seeds):
+        check_whole("seed", seed, 0)
+        if isinstance(x, Grammar):
+            sizes.add((x.v, x.s, x.L))
+        else:
+            x, L = as_strings(x, v, s)
+            sizes.add((v, s, L))
+        runs.append(x)
+    if len(seeds) != len(xs) or not runs:
+        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
+    L = max(L for _, _, L in sizes)
+    if sizes != {(v, s, L)}:
+        raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
+    return runs, L
+
+
 def check_device(device):
     """Raise ValueError, naming device, unless this machine has it."""
     there = ["cpu"]

@@ -418,7 +418,9 @@ def draw_methods(tables):
             fill = "white" if cell["state"] else colour
             look = {"marker": MARKERS[targets.index(target)], "markerfacecolor": fill}
             axis.plot(cell["P"], y, color=colour, linestyle="", **look)
-            sign = SIGNS.get(cell["state"], "").replace("\u2191", "\u2192").replace("\u2193", "\u2190")
+            # here a larger P is to the right
+            turned = str.maketrans("\u2191\u2193", "\u2192\u2190")
+            sign = SIGNS.get(cell["state"], "").translate(turned)
             axis.annotate(sign, (cell["P"], y), (8, 0), textcoords="offset points", va="center")
         for k, target in enumerate(targets):
             look = {"marker": MARKERS[k], "color": colours[target], "linestyle": ""}

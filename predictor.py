@@ -26,6 +26,7 @@ times that; k-means adds R L B^2 v. B and d_h are of order v. P strings are P s^
 import copy
 import importlib.util
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags,
-    add_settings, as_strings, check_apart, check_memory, check_whole, choice, cousins,
+    add_settings, as_strings, check_apart, check_memory, check_runs, check_whole, choice, cousins,
     given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
     pick_device, read_settings, real, run_script, strings_bytes, whole, write_whole,
 )
@@ -464,25 +465,6 @@ def jacobian_descent(parts, weights):
     jac_to_grad(weights, UPGrad())
 
 
-def check_runs(xs, v, s, seeds):
-    """(runs, L): xs as tensors or grammars. Raises ValueError unless all have one size."""
-    runs, sizes = [], set()
-    for x, seed in zip(xs, seeds):
-        check_whole("seed", seed, 0)
-        if isinstance(x, Grammar):
-            sizes.add((x.v, x.s, x.L))
-        else:
-            x, L = as_strings(x, v, s)
-            sizes.add((v, s, L))
-        runs.append(x)
-    if len(seeds) != len(xs) or not runs:
-        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
-    L = max(L for _, _, L in sizes)
-    if sizes != {(v, s, L)}:
-        raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
-    return runs, L
-
-
 def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **settings):
     """Train R runs of one size side by side. Returns a list of Predictor, one for each.
 
@@ -595,7 +577,7 @@ class Predictor:
         about = {"v": self.v, "target": self.target, "diverged": self.diverged}
         weights = self.network.state_dict()
         saved = {"predictor": about, "sizes": self.network.sizes, "weights": weights}
-        write_whole(file, lambda part: torch.save(saved, part))
+        write_whole(file, partial(torch.save, saved))
 
 
 def load(file):
