@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_device, check_memory, check_runs, choice, digest,
+    as_strings, check_apart, check_memory, check_runs, choice, digest,
     given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
@@ -620,19 +620,19 @@ def one_run(module, r):
     return alone
 
 
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", resume=None,
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, resume=None,
              **settings):
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
     fresh strings. A run depends on these and its seed alone. settings: rows of SETTINGS, preset.
+    device: that of the strings, if not given.
     watch(step, loss, teacher) is called after every step: R losses, and R encoders in one.
     resume: a file, written every minute and at the end; if it is there, the runs go on from
     it. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
-    check_device(device)
+    xs, L, device = check_runs(xs, v, s, seeds, device)
     options = read_settings(SETTINGS, PRESETS, settings)
     check_speed(options, device)
-    xs, L = check_runs(xs, v, s, seeds)
     P = max((len(x) for x in xs if not isinstance(x, Grammar)), default=0)
     if options.online and P:
         raise ValueError("online: needs a Grammar in place of x")
@@ -641,7 +641,6 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
         raise ValueError(f"batch: must be {world} or more, a string a process")
     check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
 
-    xs = [x if isinstance(x, Grammar) else x.to(device) for x in xs]
     student = Learner(len(xs), v, s, L, target, options)
     initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
     untrained = deepcopy(student.encoder).requires_grad_(False)
@@ -652,7 +651,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device="cpu", re
     return models
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, device="cpu", resume=None, **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device=None, resume=None, **settings):
     """fit_many of one run: a Data2vec, or a FloatingPointError if it diverged."""
     model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
     if model.diverged:
@@ -768,11 +767,15 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     v, s = grammars[0].v, grammars[0].s
     options = read_settings(SETTINGS, PRESETS, settings)
     if options.online:
-        models = []
-        # as many steps as the strings of a run last, so that each trains alone
-        for grammar, P, seed in zip(grammars, samples, seeds):
+        models = [None] * len(seeds)
+        # as many steps as the strings of a run last: runs of one P train side by side
+        for P in set(samples):
+            runs = [r for r, of_run in enumerate(samples) if of_run == P]
+            xs, of_runs = [grammars[r] for r in runs], [seeds[r] for r in runs]
             settings["steps"] = max(1, P // options.batch)
-            models += fit_many([grammar], v, s, target, [seed], device=device, **settings)
+            learned = fit_many(xs, v, s, target, of_runs, device=device, **settings)
+            for r, model in zip(runs, learned):
+                models[r] = model
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
         models = fit_many(xs, v, s, target, seeds, device=device, **settings)

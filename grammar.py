@@ -289,7 +289,7 @@ class Grammar:
         for l in reversed(range(1, L)):
             mean[l] = mean[l + 1] @ W[l].mean(0)
             below = (below[:, None] @ W[l]).flatten(0, 1)
-            found["root"].insert(0, spread(below.mT, I))
+            found["root"].insert(0, distance_of_contexts(below.mT, I))
 
         # from the leaves up: contexts are q D, q the cousin's symbol and D the descent to
         # one target; distances over many D only need the mean of D D^T
@@ -300,7 +300,7 @@ class Grammar:
             places = itertools.permutations(range(s), 2)
             pairs = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in places]
             for target, inner in ("latent", latent), ("token", tokens), ("joint", I):
-                found[target].append(spread(torch.stack(pairs), inner))
+                found[target].append(distance_of_contexts(torch.stack(pairs), inner))
         return found
 
     # ------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ class Grammar:
         return [(likely * slope).detach() for likely, slope in zip(levels, slopes)]
 
 
-def spread(joint, inner):
+def distance_of_contexts(joint, inner):
     """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n
     places, inner (v, v) the scalar product of two rows. A parent that is never seen at a
     place gets the mean context there, as in cluster.py."""
@@ -548,8 +548,9 @@ def as_strings(x, v, s):
     return x.to(torch.uint8), L
 
 
-def check_runs(xs, v, s, seeds):
-    """(runs, L): xs as tensors or grammars. Raises ValueError unless all have one size."""
+def check_runs(xs, v, s, seeds, device=None):
+    """(runs, L, device): xs as grammars, or tensors on the device; None is where the first
+    strings are. Raises ValueError unless all have one size."""
     runs, sizes = [], set()
     for x, seed in zip(xs, seeds):
         check_whole("seed", seed, 0)
@@ -564,7 +565,11 @@ def check_runs(xs, v, s, seeds):
     L = max(L for _, _, L in sizes)
     if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
-    return runs, L
+    if device is None:
+        device = next((x.device for x in runs if not isinstance(x, Grammar)), "cpu")
+    check_device(device)
+    runs = [x if isinstance(x, Grammar) else x.to(device) for x in runs]
+    return runs, L, torch.device(device)
 
 
 def check_device(device):

@@ -404,7 +404,7 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
 
     # a run that was killed goes on; ended: what has diverged, run -> (step, its weights)
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
-    about = {"s": s, "depth": L, "seed": list(seeds), "device": torch.device(device).type}
+    about = {"s": s, "depth": L, "seed": list(seeds), "device": device.type}
     checkpoint = Checkpoint(resume, parts, generators, xs, about | vars(options))
     done, ended = checkpoint.load()
     for module in student.layers:
@@ -465,18 +465,19 @@ def jacobian_descent(parts, weights):
     jac_to_grad(weights, UPGrad())
 
 
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **settings):
+def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, resume=None,
+             **settings):
     """Train R runs of one size side by side. Returns a list of Predictor, one for each.
 
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
-    fresh strings on the CPU; P may differ. settings: rows of SETTINGS, or preset.
+    fresh strings; P may differ. settings: rows of SETTINGS, or preset. device: that of the
+    strings, if not given.
     watch(step, steps, network, prediction) is called after every step, with the Network of
     the runs that train together and their prediction losses, (R, L-1). resume: a file,
     written every minute and at the end; if it is there, the runs go on from it.
     A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
-    xs, L = check_runs(xs, v, s, seeds)
+    xs, L, device = check_runs(xs, v, s, seeds, device)
     options = read_options(v, target, settings)
-    device = next((x.device for x in xs if not isinstance(x, Grammar)), "cpu")
 
     # runs of equally many steps share one loop; Jacobian descent takes one run at a time
     together = {}
@@ -495,9 +496,9 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, resume=None, **s
     return [learned[r] for r in range(len(xs))]
 
 
-def fit(x, v, s, target="latent", seed=0, watch=None, resume=None, **settings):
+def fit(x, v, s, target="latent", seed=0, watch=None, device=None, resume=None, **settings):
     """fit_many of one run: a Predictor, or a FloatingPointError if it diverged."""
-    learned = fit_many([x], v, s, target, [seed], watch, resume, **settings)[0]
+    learned = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
     if learned.diverged:
         step = learned.diverged
         raise FloatingPointError(f"step {step}: the loss is not finite; lower lr or decay")
@@ -687,7 +688,7 @@ def main():
 
     try:
         with bar:
-            more = watch, args.resume
+            more = watch, device, args.resume
             learned = fit(levels[0], v, s, args.target, args.seed, *more, **settings)
     except ValueError as error:  # of --resume; all else is checked
         parser.error(f"argument --{error}")

@@ -414,6 +414,7 @@ def test_a_device_that_is_not_there_is_one_line(device):
     g = Grammar.random(4, 2, 2, 2, 0)
     small = {"samples": [10], "seeds": [0], "device": device}
     for work in (lambda: g.sample(10, 0, device), lambda: data2vec.fit(g, 4, 2, device=device),
+                 lambda: predictor.fit(g, 4, 2, device=device),
                  *(lambda learner=learner: learner.recover([g], **small) for learner in (cluster, predictor, data2vec))):
         with pytest.raises(ValueError, match="^device: must be cpu.* on this machine$"):
             work()
@@ -1764,6 +1765,19 @@ def test_recover_of_data2vec_keeps_the_sweeps_contract(target):
         assert all(isinstance(c, bool) for c in score.collapsed) and score.diverged == 0
 
 
+def test_online_runs_of_one_length_train_together_and_score_as_alone():
+    """P strings are P / batch steps, whichever runs are asked for at once."""
+    grammars, P = drawn(3)[0], [32, 64, 32]
+    small = {**TINY["tree"], "online": True, "probe_strings": 100, "test_strings": 100, "probe_steps": 5}
+    scores = data2vec.recover(grammars, P, [0, 1, 2], **small)
+    for r in range(3):
+        assert scores[r] == data2vec.recover([grammars[r]], [P[r]], [r], **small)[0]
+    # and twice the strings are twice the steps
+    steps = {"steps": 64 // TINY["tree"]["batch"], **{k: v for k, v in small.items() if k not in ("online", "steps")}}
+    alone = data2vec.fit_many([grammars[1]], 4, 2, "latent", [1], **steps)
+    assert scores[1] == data2vec.measure(alone, [grammars[1]], [1])[0]
+
+
 def test_it_learns():
     """Level 1 of a small grammar, where an untrained encoder is near chance, in a few hundred steps."""
     g = Grammar.random(8, 2, 3, 3, 100)
@@ -1771,7 +1785,6 @@ def test_it_learns():
     for target in ("latent", "token"):
         score = data2vec.recover([g], [1024], [100], target, steps=400, cooldown=0.25, **small)[0]
         assert score.floor[0] < 0.4 and score.accuracy[0] > 0.55
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
