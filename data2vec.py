@@ -78,8 +78,6 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
     Setting("dropout", real(0, 0.9), 0.0, 0.1, "transformer: probability, on both branches"),
     Setting("top", whole(1, 100), 3, 4, "K, how many of the last maps are the target"),
-    Setting("target_from", choice("residual", "ffn"), "residual", "residual",
-            "transformer: the target is the stream after a block, or what its ffn adds"),
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
     Setting("steps", whole(1), 5000, 262144, "optimiser steps; online, a sweep takes P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
@@ -197,7 +195,7 @@ class Tree(nn.Module):
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
 
-    def forward(self, x, ffn=False):    # ffn is the transformer's
+    def forward(self, x):
         family = *x.shape[:2], -1, self.family                  # (R, B, parents, s d)
         # the few rows of the table are normalised instead of every token
         up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
@@ -248,10 +246,8 @@ class Block(nn.Module):
         return branch
 
     def forward(self, h):
-        """The stream after the block, and the feed-forward output that was added to it."""
         h = h + self.drop(self.attend(self.norm1(h)))
-        out = self.ffn(self.norm2(h))
-        return h + self.drop(out), out
+        return h + self.drop(self.ffn(self.norm2(h)))
 
 
 class Transformer(nn.Module):
@@ -264,14 +260,13 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.empty(R, T, d))
         self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
 
-    def forward(self, x, ffn=False):
-        """All maps; ffn: those of the feed-forward outputs instead."""
+    def forward(self, x):
         h = look_up(self.embed, x) + self.position[:, None]     # (R, B, T, d)
         maps = []
         for block in self.blocks:
-            h, out = block(h)
-            maps.append(out if ffn else h)
-        return [layer_norm(h) for h in maps]
+            h = block(h)
+            maps.append(layer_norm(h))
+        return maps
 
 
 def build(R, v, s, L, settings):
@@ -475,7 +470,7 @@ def train(student, xs, seeds, watch=None, resume=None):
             if target == "token":
                 goals = [x]                                             # (R, B, T)
             else:
-                goals = see(x, ffn=settings.target_from == "ffn")[-K:]  # each (R, B, n, d)
+                goals = see(x)[-K:]                                     # each (R, B, n, d)
             if target in ("latent", "several"):
                 goals = [pool(h, T) for h in goals]                     # each (R, B, T, d)
             if target == "latent":
