@@ -24,7 +24,8 @@ These laws are measured by sweep.py; the table is in README.md.
 
 Time grows as P s^(L+1), for tokens L times that, plus k-means of v m contexts a level. Memory
 is P s^L bytes for the strings, and v m contexts of s^2 (s-1) v numbers: for tokens of level l
-s^l times as many, for joint one table of (v m)^2. Runs of a sweep (R) go one by one.
+s^l times as many, for the root s^(L-l-1) v; for joint s (s-1) tables of (v m)^2. Runs of a
+sweep (R) go one by one.
 """
 
 import torch
@@ -32,9 +33,9 @@ import torch.nn.functional as F
 
 from grammar import (
     TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
-    as_strings, check_memory, check_sizes, check_whole, choice, cousins, generator, given_settings,
-    grammar_from_flags, paper_preset, pick_device, read_settings, run_script,
-    strings_bytes, tuple_codes, whole, whole_numbers,
+    as_strings, check_memory, choice, cousins, generator, given_settings, grammar_from_flags,
+    paper_preset, pick_device, read_settings, run_script, strings_bytes, tuple_codes, whole,
+    whole_numbers,
 )
 
 CHUNK_TOKENS = 2**18    # tokens counted at a time: the arithmetic stays in the cache
@@ -122,7 +123,8 @@ def beside(h, x, root, support, target):
     h: (p, n) uint8 level-l symbols; x: (p, s^L) tokens; root: (p,) labels.
     Returns (tuples, seen): tuples (T, 1, q), the tuple numbers at T positions, and
     seen (T, E, q), the E targets of each. Cousins: T = s positions under a grandparent,
-    q grandparents. A root label is not equally far from all tuples: T = n/s, q = p."""
+    q grandparents. The root is distributed differently given a tuple at another position,
+    so that every position has its own table: T = n/s, q = p."""
     s, tuples = support.s, support.ids(h)                   # (p, n/s)
     if target == "root":
         return tuples.T[:, None], root.expand(tuples.shape[1], 1, -1)
@@ -164,9 +166,9 @@ def contexts(tables):
 
     A tuple that was never seen at a position gets that position's mean."""
     tables = tables.float()
-    seen = tables.sum(2, keepdim=True)                      # (T E, K, 1)
-    mean = tables.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
-    phi = torch.where(seen > 0, tables / seen.clamp(min=1), mean)
+    times = tables.sum(2, keepdim=True)                     # (T E, K, 1)
+    mean = tables.sum(1, keepdim=True) / times.sum(1, keepdim=True)
+    phi = torch.where(times > 0, tables / times.clamp(min=1), mean)
     return phi.permute(1, 0, 2).flatten(1)
 
 
@@ -243,13 +245,13 @@ def cluster_pairs(tables, v, random, starts=16, trials=4, rounds=30):
     for _ in range(rounds):
         member = F.one_hot(labels, v).to(tables)            # (R, K, v)
         # how often a tuple's cousin had each label, and a label's cousin
-        beside = torch.einsum("tij,rjv->rtiv", tables, member)  # (R, T, K, v)
-        pairs = member.mT[:, None] @ beside + 0.1           # (R, T, v, v)
+        cousin = torch.einsum("tij,rjv->rtiv", tables, member)  # (R, T, K, v)
+        pairs = member.mT[:, None] @ cousin + 0.1           # (R, T, v, v)
         total = pairs.sum((2, 3), keepdim=True)
         by_chance = pairs.sum(2, keepdim=True) * pairs.sum(3, keepdim=True) / total
         log_odds = (pairs / by_chance).log()
         information = (pairs * log_odds).sum((1, 2, 3))     # (R,) in nats
-        relabelled = (beside @ log_odds.mT).sum(1).argmax(2)
+        relabelled = (cousin @ log_odds.mT).sum(1).argmax(2)
         if torch.equal(labels, relabelled):
             break
         labels = relabelled
@@ -335,8 +337,6 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     """Raise ValueError, naming the argument, if a run of this size can't work."""
     given = read_settings(SETTINGS, PRESETS, settings)
     check_target(target)
-    check_sizes(v, s, m, L)
-    check_whole("samples", P, 1)
     check_memory("depth", 3 * strings_bytes(TEST_STRINGS, s, L), "the test strings")
     check_memory("samples", strings_bytes(P, s, L), "the strings")
     K = min(v * m, P * s ** (L - 1))                        # tuples seen, at most
@@ -394,7 +394,6 @@ def main():
     device = pick_device(parser, args.device)
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
-        check_size(v, s, m, L, P, args.target, **settings)
         grammar = grammar_from_flags(parser, args)
         tree, score = run(grammar, P, args.seed, args.target, device, settings)
     except ValueError as error:

@@ -1,14 +1,14 @@
 """
 Learner 3: data2vec, prediction of one's own latents without explicit levels, and its controls.
 
-    python data2vec.py --depth 3 --samples 2048                   trains in seconds, levels rise
+    python data2vec.py --depth 3 --samples 2048                   half a minute, levels rise
     python data2vec.py --depth 3 --samples 2048 --target token    the control: predict raw tokens
-    python data2vec.py --preset transformer --attention-bias      the paper's kind of encoder
+    python data2vec.py --preset transformer                       the paper's kind of encoder
 
 A student sees a string with some tokens hidden. A teacher, the moving average of the student,
-sees the whole string. At every hidden position a linear head predicts, from the student's last map:
+sees the whole string. At every hidden position linear heads predict, from the student's last map:
   latent   the mean of the teacher's top K maps, each layer-normalised: data2vec;
-  stacked  each of these K maps, from the student's own map of the same layer;
+  stacked  each of these K maps, but from the student's own map of the same layer;
   several  each of these K maps, all from the student's last map;
   token    the hidden token itself, by cross-entropy: the control, which needs no teacher.
 The encoder `tree` knows which tokens stand under which node; `transformer` does not.
@@ -21,7 +21,6 @@ attention adds R B T^2 (d + heads). P strings are P T bytes.
 
 import os
 import sys
-from argparse import ArgumentTypeError
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
     as_strings, check_apart, check_memory, check_runs, choice, digest,
-    given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
+    given_settings, grammar_from_flags, linear_probe, new_file, open_trace, option, paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
@@ -46,22 +45,14 @@ PIECE = 512                                # strings encoded at a time when meas
 DRAWN = 100                                # steps whose strings and masks are drawn at once
 
 
-def mask_block(text):
-    """An argparse type: a level, or one of two words."""
-    if text in ("top", "mixed"):
-        return text
-    if not str(text).isdecimal():
-        raise ArgumentTypeError(f"must be a level, top or mixed, not {text!r:.20}")
-    return whole(0, 24)(text)
-
-
-def eights(text):
-    """An argparse type: a multiple of 8. The last bits of a matrix product depend on how its
-    memory is aligned; with such sizes every run is aligned alike, whatever R."""
-    number = whole(8, 2**16)(text)
-    if number % 8:
-        raise ArgumentTypeError(f"must be a multiple of 8, not {text}")
-    return number
+words = "top", "mixed"
+mask_block = option(
+    lambda text: text if text in words else int(text),
+    lambda block: block in (*words, *range(25)), "a level, top or mixed",
+)
+# the last bits of a matrix product depend on how its memory is aligned: with multiples of 8
+# every run is aligned alike, whatever R
+eights = option(int, lambda n: n in range(8, 2**16 + 1, 8), "a multiple of 8 up to 65536")
 
 
 def aligned(size):
@@ -183,20 +174,20 @@ def initialise(module, randoms):
 # two encoders: tokens (R, B, T), v for a hidden one -> a list of maps, layer-normalised
 
 
-class Tree(nn.Module):
+class TreeEncoder(nn.Module):
     """A U-Net on the s-ary tree; nodes of a level share one network up and one down.
     The maps are those of the way down: (R, B, s^(L-l), d) for level l, from L-1 to 0."""
 
     def __init__(self, R, v, s, L, settings):
         super().__init__()
         d, hidden = settings.width, settings.hidden
-        self.family = s * d  # features of siblings, one after the other
+        self.inputs = s * d  # features of siblings, one after the other
         self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
 
     def forward(self, x):
-        family = *x.shape[:2], -1, self.family                  # (R, B, parents, s d)
+        family = *x.shape[:2], -1, self.inputs                  # (R, B, parents, s d)
         # the few rows of the table are normalised instead of every token
         up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
 
@@ -271,7 +262,7 @@ class Transformer(nn.Module):
 
 def build(R, v, s, L, settings):
     """R encoders of the kind that settings name, with weights still to be drawn."""
-    encoder = Tree if settings.encoder == "tree" else Transformer
+    encoder = TreeEncoder if settings.encoder == "tree" else Transformer
     return encoder(R, v, s, L, settings)
 
 
@@ -306,7 +297,7 @@ def cross_entropy(scores, tokens):
     return error.view(tokens.shape)
 
 
-class Learner(nn.Module):
+class Network(nn.Module):
     """R students: an encoder, and the linear heads that predict from its maps."""
 
     def __init__(self, R, v, s, L, target, settings):
@@ -315,10 +306,10 @@ class Learner(nn.Module):
         d = settings.width
         maps = L if settings.encoder == "tree" else settings.layers
         self.K = min(settings.top, maps)
-        count = self.K if target in ("stacked", "several") else 1
+        heads = self.K if target in ("stacked", "several") else 1
         outputs = aligned(v) if target == "token" else d
         self.encoder = build(R, v, s, L, settings)
-        self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(count))
+        self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(heads))
 
     def predict(self, x, hidden):
         """What every head predicts from x, (R, B, T), whose hidden tokens are not seen."""
@@ -490,8 +481,8 @@ def train(student, xs, seeds, watch=None, resume=None):
             loss /= world
 
         # a run that has diverged keeps the weights it had before this step
-        for r in (~(loss + norm).isfinite()).nonzero().flatten().tolist():
-            if r not in stopped:
+        for r, finite in enumerate((loss + norm).isfinite().tolist()):
+            if not finite and r not in stopped:
                 stopped[r] = step, [w[r].clone() for w in teacher.parameters()]
 
         for group in optimizer.param_groups:
@@ -519,13 +510,13 @@ def train(student, xs, seeds, watch=None, resume=None):
 
 
 class Data2vec:
-    """What fit returns: the teacher, a Learner of one run, and its encoder before training.
+    """What fit returns: the teacher, a Network of one run, and its encoder before training.
     diverged: the step whose loss was not finite, 0 if all were."""
 
-    def __init__(self, learner, untrained=None, diverged=0):
-        self.v, self.s, self.L = learner.v, learner.s, learner.L
-        self.target, self.settings = learner.target, learner.settings
-        self.learner, self.encoder, self.heads = learner, learner.encoder, learner.heads
+    def __init__(self, network, untrained=None, diverged=0):
+        self.v, self.s, self.L = network.v, network.s, network.L
+        self.target, self.settings = network.target, network.settings
+        self.network, self.encoder = network, network.encoder
         self.untrained, self.diverged = untrained, diverged
 
     def __repr__(self):
@@ -538,13 +529,13 @@ class Data2vec:
         x, L = as_strings(x, self.v, self.s)
         if L != self.L:
             raise ValueError(f"x: must have {self.s**self.L} tokens a string, not {x.shape[1]}")
-        return encode(self.encoder, x)
+        return encode(self.encoder, x.to(self.encoder.embed.device))
 
     def save(self, file):
         """Write sizes, settings and weights; the file is complete or not there."""
         saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
         saved["settings"] = vars(self.settings)
-        saved["weights"] = {name: w.cpu() for name, w in self.learner.state_dict().items()}
+        saved["weights"] = {name: w.cpu() for name, w in self.network.state_dict().items()}
         write_whole(file, partial(torch.save, saved))
 
 
@@ -555,14 +546,14 @@ def load(file):
         settings = read_settings(SETTINGS, PRESETS, saved["settings"])
         v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
         check_size(v, s, 2, L, 1, target, **saved["settings"])
-        learner = Learner(1, v, s, L, target, settings).requires_grad_(False)
-        learner.load_state_dict(saved["weights"])
+        network = Network(1, v, s, L, target, settings).requires_grad_(False)
+        network.load_state_dict(saved["weights"])
     except OSError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(learner)
+    return Data2vec(network)
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
@@ -636,7 +627,7 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
         raise ValueError(f"batch: must be {world} or more, a string a process")
     check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
 
-    student = Learner(len(xs), v, s, L, target, options)
+    student = Network(len(xs), v, s, L, target, options)
     initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
     untrained = deepcopy(student.encoder).requires_grad_(False)
     teacher, diverged = train(student, xs, seeds, watch, resume)
@@ -679,7 +670,7 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     results = []
     for l in range(1, L):
         # fit on strings without rule 0 of every symbol
-        known = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=(l, 0))
+        known = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=l)
         rule = tuple_codes(grammar.rules[l - 1][:, 0].to(device), v)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
         absent, nodes = torch.isin(tuples, rule), s ** (L - l)
@@ -758,7 +749,6 @@ def measure(models, grammars, seeds, device="cpu"):
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
     """Runs of the sweep, side by side: [Score], one for each grammar, P and seed, by measure.
     Online, every one of P strings is seen once: there are P / batch steps."""
-    grammars, seeds = list(grammars), list(seeds)
     v, s = grammars[0].v, grammars[0].s
     options = read_settings(SETTINGS, PRESETS, settings)
     if options.online:
@@ -797,7 +787,7 @@ def token_losses(model, grammar, seed):
     device = model.encoder.embed.device
     losses = torch.zeros(3, dtype=torch.float64)
     for x, gone in zip(fresh.long().split(piece), hidden.split(piece)):
-        scores = model.learner.predict(x[None].to(device), gone[None].to(device))[0]
+        scores = model.network.predict(x[None].to(device), gone[None].to(device))[0]
         said = scores[0, :, :, :v].log_softmax(-1).cpu().double()           # (p, T, v)
         bayes = grammar.posterior(x, ~gone)[0].log()                        # (p, T, v)
         for i, log in enumerate((said, bayes, unigram.expand_as(said))):
@@ -856,7 +846,8 @@ def join_processes(parser, device):
             torch.cuda.set_device(device)
         # however long rank 0 measures, the others wait
         forever = timedelta(days=365)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=forever)
+        has_nccl = device != "cpu" and dist.is_nccl_available()     # on Windows never
+        dist.init_process_group("nccl" if has_nccl else "gloo", timeout=forever)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -892,7 +883,7 @@ def print_scores(model, grammar, seed, device):
 
 def main():
     parser = Parser(__doc__)
-    add_grammar_flags(parser, m=3, samples=2048)
+    add_grammar_flags(parser, samples=2048)
     add = parser.add_argument
     add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
@@ -907,7 +898,7 @@ def main():
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     try:
         check_size(v, s, m, L, P, args.target, **given)
-        check_apart(args, "trace", "save", "resume")
+        check_apart(args)
     except ValueError as error:
         parser.error(f"argument --{error}")
     device = join_processes(parser, device)
@@ -951,8 +942,10 @@ def main():
 
     try:
         with bar:
-            more = watch if rank == 0 else None, device, args.resume
-            model = fit(x, v, s, args.target, seed, *more, **given)
+            model = fit(
+                x, v, s, args.target, seed, watch=watch if rank == 0 else None, device=device,
+                resume=args.resume, **given,
+            )
     except ValueError as error:  # of --resume; all else is checked
         parser.error(f"argument --{error}")
     except FloatingPointError as error:

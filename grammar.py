@@ -111,19 +111,17 @@ class Grammar:
         (P, s^(L-l)): levels[0] are the strings, levels[L] the root labels.
 
         A seed gives the same strings on every device, a smaller P the first of them.
-        without: a pair (l, j): level-l symbols use rule j+1 (mod m) in place of rule j."""
+        without: a level from 1 on, whose symbols use rule 1 in place of rule 0."""
         v, s, m, L = self.v, self.s, self.m, self.L
         check_whole("samples", P, 1)
         check_memory("samples", strings_bytes(P, s, L), "the strings")
         check_device(device)
         rules = [rule.numpy().reshape(-1, s).copy() for rule in self.rules]    # (v m, s)
         if without is not None:
-            l, j = without
-            check_whole("without: l", l, 1, L)
-            check_whole("without: j", j, 0, m - 1)
+            check_whole("without", without, 1, L)
             if m == 1:
                 raise ValueError("m: must be 2 or more to do without a rule")
-            rules[l - 1][j::m] = rules[l - 1][(j + 1) % m :: m]
+            rules[without - 1][0::m] = rules[without - 1][1::m]
         rng = generator("strings", seed)
         narrow = np.min_scalar_type(v * m - 1)
 
@@ -284,7 +282,7 @@ class Grammar:
         found = {"latent": [], "token": [], "root": [], "joint": []}
 
         # from the root down: what a symbol is, over all nodes of a level; and for target
-        # root node by node, since nodes are not equally far from it
+        # root node by node, since P(root | symbol) differs from node to node
         mean, below = {L: I.mean(0)}, I[None] / v           # (n, v, v), root and symbol
         for l in reversed(range(1, L)):
             mean[l] = mean[l + 1] @ W[l].mean(0)
@@ -695,12 +693,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_grammar_flags(parser, m=3, samples=None):
+def add_grammar_flags(parser, samples=None):
     """The flags of one grammar and one sample, the same in every script."""
     add = parser.add_argument
     add("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     add("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    add("--m", type=whole(1), default=m, help=f"rules per symbol, to v^(s-1) (default {m})")
+    add("--m", type=whole(1), default=3, help="rules per symbol, to v^(s-1) (default 3)")
     add("--depth", type=whole(2, 24), default=3, help="L, levels above the tokens (default 3)")
     add("--zipf", type=real(0, 10), default=0.0,
         help="rule j has a probability ~ (j+1)^-zipf (default 0: uniform)")
@@ -730,9 +728,9 @@ def pick_device(parser, name):
     return name
 
 
-def check_apart(args, *names):
-    """Raise ValueError, naming the flag, if two of these flags name one file."""
-    given = [name for name in names if getattr(args, name)]
+def check_apart(args):
+    """Raise ValueError, naming the flag, if two files to be written are one."""
+    given = [name for name in ("trace", "save", "resume") if getattr(args, name)]
     for one, other in itertools.combinations(given, 2):
         if os.path.realpath(getattr(args, one)) == os.path.realpath(getattr(args, other)):
             raise ValueError(f"{other}: must be another file than that of --{one}")
@@ -859,7 +857,11 @@ def run_script(main):
         raise SystemExit(1) from None
     except OSError as error:  # a full disk among them
         code, line = 1, f"{error.filename or 'output'}: {error.strerror or error}"
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for it on a GPU, but only words on a CPU
+        known = MemoryError, torch.OutOfMemoryError
+        if not isinstance(error, known) and "not enough memory" not in str(error):
+            raise
         code, line = 1, "out of memory; fewer or shorter strings need less"
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     raise SystemExit(code)
@@ -946,7 +948,7 @@ def main():
     one("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
     one("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")
     args = parser.parse_args()
-    # a flag that would change nothing is refused
+    # these two say nothing to the other tasks
     for flag in ("seeds", "csv"):
         if getattr(args, flag) is not None and not args.contrast:
             parser.error(f"argument --{flag}: only goes with --contrast")

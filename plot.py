@@ -2,7 +2,7 @@
 The pictures, from CSV files alone. Each is written into the folder of its files.
 
     python plot.py out/                        a sweep's folder
-    python plot.py out/ paper_readings.csv     with the paper's P* as stars in collapse.png
+    python plot.py out/ assets/paper_readings.csv   with the paper's P* as stars in collapse.png
     python plot.py out/ out/contrast.csv       with the prediction of P* from the rules alone
     python plot.py 0.csv 1.csv                 traces of data2vec.py, or of predictor.py
     python plot.py contrast.csv                from grammar.py --contrast --csv contrast.csv
@@ -652,9 +652,9 @@ def predictions(tables):
         sign, measured = row["P50"]
         learner, target = parts(row["method"])
         size = (*(row[name] for name in ("v", "s", "m", "L", "zipf")), target)
-        if sign == "=" and row["method"].partition(":")[1] == "" and learner == "cluster":
-            if size in needed:
-                found.append((target, row["m"], needed[size], measured))
+        is_plain = learner == "cluster" and ":" not in row["method"]
+        if sign == "=" and is_plain and size in needed:
+            found.append((target, row["m"], needed[size], measured))
     return found
 
 

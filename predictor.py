@@ -1,5 +1,5 @@
 """
-Learner 2: stacked latent clustering, the paper's predictor-clusterer network (section 4, fig. 8).
+Learner 2: stacked latent clustering, the paper's predictor-clusterer network.
 
     python predictor.py --depth 4 --samples 1024                  levels come one by one (fig. 10)
     python predictor.py --depth 4 --samples 1024 --target token   the control: raw tokens
@@ -17,7 +17,7 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
               phi are pulled to one code, and tuples with unlike phi are pushed apart.
 
 The paper's exact losses are not public: what we chose is said where it is done. R runs train
-side by side, to the same bytes as alone (on a CPU thread, widths and batch multiples of 16).
+side by side, to the same bytes as alone (on one CPU thread, hidden and batch multiples of 16).
 
 The memory of a step grows as R B s^(L+2) d_h, L times that for tokens, and its time as hidden
 times that; k-means adds R L B^2 v. B and d_h are of order v. P strings are P s^L bytes.
@@ -123,7 +123,7 @@ class Module(nn.Module):
 
     def __init__(self, R, s, d, hidden, heads):
         super().__init__()
-        self.s, self.d, self.heads = s, d, heads
+        self.s, self.heads = s, heads
         width = math.prod(heads) * d
         self.predict = nn.Sequential(
             Linear(R, s * d, hidden), nn.GELU(),
@@ -308,8 +308,8 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     overlap = codes @ codes.mT                             # (..., n, n)
     alike = alike.float()                                  # torch.where would be slow
 
-    # overlap: two symbols drawn from the codes are the same. chance: they are what they should
-    # be, the same or different; it is never 0
+    # overlap: the chance that two symbols drawn from the codes are the same
+    # chance: overlap + 0.01 for a like pair, 1.0001 - overlap for an unlike one; never 0
     chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
@@ -328,9 +328,9 @@ def losses(student, wanted, draw, options):
     prediction, gain, phi, items = [], [], [], []
     for l, guess in enumerate(log_phi):
         aim = goal(options.target, wanted, l, student.sizes["s"], options.elements)
-        loss, known = prediction_loss(guess, aim, student.sizes["s"])
+        loss, gained = prediction_loss(guess, aim, student.sizes["s"])
         prediction.append(loss)
-        gain.append(known)
+        gain.append(gained)
 
         # a few tuples of each string are enough for the clustering loss
         some = guess.detach().flatten(2)[run, chosen[:, l]].exp()      # (R, n, heads d)
@@ -419,8 +419,8 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
         with torch.no_grad():
             wanted = teacher(draw[0], top=top)[1]
         prediction, clustering = losses(student, wanted, draw, options)
-        parts = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
-        loss = parts.sum(1)                                # (R,) one loss for every run
+        terms = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
+        loss = terms.sum(1)                                # (R,) one loss for every run
 
         # a run whose loss is not finite ends here, and its neighbours go on
         for r, finite in enumerate(loss.isfinite().tolist()):
@@ -434,7 +434,7 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
         if options.combine == "sum":
             loss.sum().backward()
         else:
-            jacobian_descent(parts[0], weights)
+            jacobian_descent(terms[0], weights)
         optimizer.step()
 
         # with ema = 0 the teacher is the student, so that its codes are the student's own
@@ -456,12 +456,12 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
     return learned
 
 
-def jacobian_descent(parts, weights):
+def jacobian_descent(terms, weights):
     """The gradient of the paper's Jacobian descent: no loss may grow to first order."""
     from torchjd.aggregation import UPGrad
     from torchjd.autojac import backward, jac_to_grad
 
-    backward(list(parts))
+    backward(list(terms))
     jac_to_grad(weights, UPGrad())
 
 
@@ -516,7 +516,7 @@ def read_options(v, target, settings):
     if options.codes < v:
         raise ValueError(f"codes: must be v = {v} or more (0 for 5 v / 4), as tokens are codes too")
     if options.combine == "upgrad" and not importlib.util.find_spec("torchjd"):
-        raise ValueError("combine: upgrad needs pip install 'torchjd[quadprog-projector]'")
+        raise ValueError("combine: upgrad needs pip install torchjd[quadprog-projector]")
     return options
 
 
@@ -568,10 +568,10 @@ class Predictor:
         return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
-        """Strings (P, s^L) -> levels 0 to L-1, the strings and then int64 ids, (P, s^(L-l)).
-        Raises ValueError, naming x."""
+        """Strings (P, s^L) -> levels 0 to L-1, the strings and then int64 ids, (P, s^(L-l)),
+        on the network's device. Raises ValueError, naming x."""
         ids = [codes.argmax(-1) for codes in self.codes(x)]
-        return [as_strings(x, self.v, self.s)[0], *ids]
+        return [as_strings(x, self.v, self.s)[0].to(ids[0].device), *ids]
 
     def save(self, file):
         """Write sizes and weights to a file, for load."""
@@ -646,7 +646,7 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
 
 def main():
     parser = Parser(__doc__)
-    add_grammar_flags(parser, m=3, samples=4096)
+    add_grammar_flags(parser, samples=4096)
     add = parser.add_argument
     add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
@@ -661,7 +661,7 @@ def main():
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        check_apart(args, "trace", "save", "resume")
+        check_apart(args)
     except ValueError as error:
         parser.error(f"argument --{error}")
 
@@ -688,8 +688,10 @@ def main():
 
     try:
         with bar:
-            more = watch, device, args.resume
-            learned = fit(levels[0], v, s, args.target, args.seed, *more, **settings)
+            learned = fit(
+                levels[0], v, s, args.target, args.seed, watch=watch, resume=args.resume,
+                **settings,
+            )
     except ValueError as error:  # of --resume; all else is checked
         parser.error(f"argument --{error}")
     except FloatingPointError as error:

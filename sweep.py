@@ -18,8 +18,9 @@ twice the last. One seed is one fresh grammar and one fresh sample. A ladder end
   - for a network, whose steps are fixed ("limited by steps"): before it would see each
     string fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not
     raised its best accuracy by 0.05.
-P50 is the smallest P from which the accuracy is 0.5 or more on two rungs in a row,
-interpolated in log P; P90 is the same for 0.9. What higher rungs bring changes neither.
+P50, the P* of the tables, is the smallest P from which the accuracy is 0.5 or more on two
+rungs in a row, interpolated in log P; P90 is the same for 0.9. What higher rungs bring
+changes neither.
 
 It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
 (samples_vs_depth.csv, .md), pictures and, in settings.json, what the rows don't say.
@@ -32,6 +33,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -345,7 +347,7 @@ def row_order(cell):
 def summarise(runs, caps, unrun=()):
     """Runs, {(Cell, seed): {P: Run}}, and cells not run -> the table's rows, {column: value}.
 
-    caps: {Cell: the longest P of this sweep}; other cells are as long as their longest ladder."""
+    caps: {Cell: the largest P of this sweep}; other cells are as long as their longest ladder."""
     ladders = {cell: [] for cell in unrun}
     for cell, seed in sorted(runs):
         ladders.setdefault(cell, []).append(runs[cell, seed])
@@ -447,7 +449,7 @@ def start_worker():
 
 
 class OneProcess(futures.Executor):
-    """A pool of processes for one job, which needs no shared memory."""
+    """Stands in for a pool when there is one job: does the work here, at once."""
 
     def submit(self, work, *arguments):
         future = futures.Future()
@@ -587,6 +589,13 @@ def report(cell, found, runs, is_done):
 # the folder: finished runs on disk
 
 
+def mark(text):
+    """How the last column of runs.csv is read: what there is to say of a level."""
+    if not re.fullmatch(r"(collapsed|diverged@[1-9][0-9]*)?", text):
+        raise ValueError(f"no mark {text[:20]!r}")
+    return text
+
+
 # the columns of runs.csv, how each is read, and how numbers are written
 COLUMNS = {
     "method": lambda text: read_method(text).name,
@@ -594,7 +603,7 @@ COLUMNS = {
     "P": whole(1, 2**40), "seed": whole(0), "level": whole(1), "accuracy": real(0, 1),
     "floor": lambda text: real(0, 1)(text) if text else None,
     "seconds": real(0, 1e9), "device": lambda text: str(torch.device(text)),
-    "mark": lambda text: f"diverged@{int(text[9:])}" if "@" in text else text and "collapsed",
+    "mark": mark,
 }
 DIGITS = {"zipf": "g", "accuracy": ".6f", "floor": ".6f", "seconds": ".3f"}
 HEADER = ",".join(COLUMNS) + "\n"
@@ -842,7 +851,7 @@ def main():
          help=f"{', '.join(DEFAULT)} or all (the default; networks at some depths of 2..4); "
               "or any LEARNER-TARGET:SETTING=VALUE; separated by commas")
     flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1 (default 5, networks 3)")
-    flag("--max-samples", type=whole(1, 2**40), default=2**20, help="longest P (default 2^20)")
+    flag("--max-samples", type=whole(1, 2**40), default=2**20, help="largest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
     flag("--jobs", type=whole(1, most_jobs),
          help="processes (default: one per core; one on a GPU or for torchrun)")
