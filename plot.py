@@ -291,7 +291,7 @@ def conclusion(curves, m):
     said = {"is flat for": flat, "grows with depth for": growing}
     words = [f"{verdict} {', '.join(methods)}" for verdict, methods in said.items() if methods]
     title = f"From L = 3 on, P* {'; '.join(words)}" if words else "P* against depth"
-    return textwrap.fill(title, 75)
+    return textwrap.fill(title, 75, break_on_hyphens=False)
 
 
 def styles_of(methods):
