@@ -45,10 +45,10 @@ PIECE = 512                                # strings encoded at a time when meas
 DRAWN = 100                                # steps whose strings and masks are drawn at once
 
 
-words = "top", "mixed"
+WORDS = "top", "mixed"  # in place of a level
 mask_block = option(
-    lambda text: text if text in words else int(text),
-    lambda block: block in (*words, *range(25)), "a level, top or mixed",
+    lambda text: text if text in WORDS else int(text),
+    lambda block: block in (*WORDS, *range(25)), "a level, top or mixed",
 )
 # the last bits of a matrix product depend on how its memory is aligned: with multiples of 8
 # every run is aligned alike, whatever R
