@@ -473,8 +473,9 @@ def next_rungs(cell, rungs, cap):
     return [P for P in ladder if P <= last_rung(cell, cap)[0] and P not in rungs]
 
 
-def next_batch(units, runs, cap, running):
-    """What to run next, (Cell, [(P, seed)]), or None. Units that are done are taken out."""
+def next_batch(units, runs, cap, running, idle=1):
+    """What one of so many idle processes runs next, (Cell, [(P, seed)]), or None. Units that
+    are done are taken out."""
     for cell, seeds in list(units):
         busy = {rung for other, batch in running if other == cell for rung in batch}
         ladders = {seed: runs.get((cell, seed), {}) for seed in seeds}
@@ -483,6 +484,8 @@ def next_batch(units, runs, cap, running):
         if batch:
             # batches of about one size, the lowest rungs first
             batches = math.ceil(len(batch) / learner_of(cell).side)
+            if len(units) == 1:             # the last one: all processes share it
+                batches = max(batches, min(idle, len(batch)))
             return cell, batch[: math.ceil(len(batch) / batches)]
         if not wanted:
             units.remove((cell, seeds))
@@ -539,7 +542,8 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
         while units or running or size > 1 and rank == 0 and any(left.values()):
             # keep every process at work
             while len(running) < jobs:
-                work = next_batch(units, folder.runs, cap, running.values())
+                idle = jobs - len(running)
+                work = next_batch(units, folder.runs, cap, running.values(), idle)
                 if not work:
                     break
                 running[pool.submit(run_batch, *work, device)] = work

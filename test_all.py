@@ -1987,6 +1987,17 @@ def wait_for_runs(out, process, files):
         time.sleep(0.02)
 
 
+def test_the_last_cell_is_shared_among_idle_processes():
+    """Nine runs of one cell are 5 and 4 for two processes, and 9 for one while others have work of their own."""
+    cell = sweep.Cell("predictor", 8, 2, 3, 3, 0.0)
+    last, everything = [(cell, (0, 1, 2))], [(P, seed) for P in (64, 128, 256) for seed in range(3)]
+    one = sweep.next_batch(last, {}, 2**20, [], idle=2)
+    two = sweep.next_batch(last, {}, 2**20, [one], idle=1)
+    assert one == (cell, everything[:5]) and two == (cell, everything[5:])
+    other = cell._replace(L=4), (0,)
+    assert sweep.next_batch([*last, other], {}, 2**20, [], idle=2) == (cell, everything)
+
+
 def rows_without_seconds(out):
     with open(out / "runs.csv", newline="") as file:
         return [{k: x for k, x in row.items() if k != "seconds"} for row in csv.DictReader(file)]
