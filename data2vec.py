@@ -752,15 +752,14 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     v, s = grammars[0].v, grammars[0].s
     options = read_settings(SETTINGS, PRESETS, settings)
     if options.online:
-        models = [None] * len(seeds)
+        learned = {}
         # as many steps as the strings of a run last: runs of one P train side by side
         for P in set(samples):
             runs = [r for r, of_run in enumerate(samples) if of_run == P]
             xs, of_runs = [grammars[r] for r in runs], [seeds[r] for r in runs]
             settings["steps"] = max(1, P // options.batch)
-            learned = fit_many(xs, v, s, target, of_runs, device=device, **settings)
-            for r, model in zip(runs, learned):
-                models[r] = model
+            learned |= zip(runs, fit_many(xs, v, s, target, of_runs, device=device, **settings))
+        models = [learned[r] for r in range(len(seeds))]
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
         models = fit_many(xs, v, s, target, seeds, device=device, **settings)

@@ -948,7 +948,7 @@ def main():
     one("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
     one("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")
     args = parser.parse_args()
-    # these two say nothing to the other tasks
+    # the other tasks have no use for these two
     for flag in ("seeds", "csv"):
         if getattr(args, flag) is not None and not args.contrast:
             parser.error(f"argument --{flag}: only goes with --contrast")

@@ -1,11 +1,11 @@
 """
 The pictures, from CSV files alone. Each is written into the folder of its files.
 
-    python plot.py out/                        a sweep's folder
+    python plot.py out/                             a sweep's folder
     python plot.py out/ assets/paper_readings.csv   with the paper's P* as stars in collapse.png
-    python plot.py out/ out/contrast.csv       with the prediction of P* from the rules alone
-    python plot.py 0.csv 1.csv                 traces of data2vec.py, or of predictor.py
-    python plot.py contrast.csv                from grammar.py --contrast --csv contrast.csv
+    python plot.py out/ out/contrast.csv            with the prediction of P* from the rules alone
+    python plot.py 0.csv 1.csv                      traces of data2vec.py, or of predictor.py
+    python plot.py contrast.csv                     from grammar.py --contrast --csv contrast.csv
 
   samples_vs_depth.png   P* against depth: the learner is the style of a line and its marker, the
                          target its colour; P* of the root has a panel of its own

@@ -277,7 +277,8 @@ def slope(points, scale):
     x = np.array(list(points), float)
     x -= x.mean()
     value, low, high = estimate(list(points.values()), x / (x**2).sum(), scale, 2)
-    value = value.replace("?", "")
+    if value == "?":        # bounds that pull both ways
+        return ""
     return f"{value} [{low}, {high}]" if low else value
 
 
@@ -473,7 +474,7 @@ def next_rungs(cell, rungs, cap):
     return [P for P in ladder if P <= last_rung(cell, cap)[0] and P not in rungs]
 
 
-def next_batch(units, runs, cap, running, idle=1):
+def next_batch(units, runs, cap, running, idle):
     """What one of so many idle processes runs next, (Cell, [(P, seed)]), or None. Units that
     are done are taken out."""
     for cell, seeds in list(units):
@@ -593,7 +594,7 @@ def report(cell, found, runs, is_done):
 # the folder: finished runs on disk
 
 
-def mark(text):
+def read_mark(text):
     """How the last column of runs.csv is read: what there is to say of a level."""
     if not re.fullmatch(r"(collapsed|diverged@[1-9][0-9]*)?", text):
         raise ValueError(f"no mark {text[:20]!r}")
@@ -607,7 +608,7 @@ COLUMNS = {
     "P": whole(1, 2**40), "seed": whole(0), "level": whole(1), "accuracy": real(0, 1),
     "floor": lambda text: real(0, 1)(text) if text else None,
     "seconds": real(0, 1e9), "device": lambda text: str(torch.device(text)),
-    "mark": mark,
+    "mark": read_mark,
 }
 DIGITS = {"zipf": "g", "accuracy": ".6f", "floor": ".6f", "seconds": ".3f"}
 HEADER = ",".join(COLUMNS) + "\n"

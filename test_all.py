@@ -1773,8 +1773,8 @@ def test_online_runs_of_one_length_train_together_and_score_as_alone():
     for r in range(3):
         assert scores[r] == data2vec.recover([grammars[r]], [P[r]], [r], **small)[0]
     # and twice the strings are twice the steps
-    steps = {"steps": 64 // TINY["tree"]["batch"], **{k: v for k, v in small.items() if k not in ("online", "steps")}}
-    alone = data2vec.fit_many([grammars[1]], 4, 2, "latent", [1], **steps)
+    steps = {"online": False, "steps": 64 // TINY["tree"]["batch"]}
+    alone = data2vec.fit_many([grammars[1]], 4, 2, "latent", [1], **small | steps)
     assert scores[1] == data2vec.measure(alone, [grammars[1]], [1])[0]
 
 
