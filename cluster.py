@@ -33,16 +33,16 @@ import torch.nn.functional as F
 
 from grammar import (
     TEST_STRINGS, Parser, Score, Setting, accuracy, add_grammar_flags, add_settings,
-    as_strings, check_memory, choice, cousins, generator, given_settings, grammar_from_flags,
-    paper_preset, pick_device, read_settings, run_script, strings_bytes, tuple_codes, whole,
-    whole_numbers,
+    as_strings, check_memory, choice, cousins, digits, generator, given_settings,
+    grammar_from_flags, paper_preset, pick_device, read_settings, run_script, strings_bytes,
+    tuple_codes, whole, whole_numbers,
 )
 
 CHUNK_TOKENS = 2**18    # tokens counted at a time: the arithmetic stays in the cache
 DENSE_TUPLES = 2**22    # up to this v^s a tuple's number is one look-up, above a search
 
 TARGETS = ("latent", "token", "root", "joint")
-SETTINGS = (
+SETTINGS = (  # name, type, default, the paper's value, help
     Setting("positions", choice("all", "cousins", "element"), "all", "cousins",
             "all: every tuple, and all under its cousins; cousins: one tuple position, "
             "and all under its cousins; element: that position and one element"),
@@ -118,13 +118,13 @@ def lift(h, support, symbols):
 
 
 def beside(h, x, root, support, target):
-    """Every tuple, and what stands beside it that the target names.
+    """The tuples at every position of a family, and the targets beside each.
 
     h: (p, n) uint8 level-l symbols; x: (p, s^L) tokens; root: (p,) labels.
-    Returns (tuples, seen): tuples (T, 1, q), the tuple numbers at T positions, and
-    seen (T, E, q), the E targets of each. Cousins: T = s positions under a grandparent,
-    q grandparents. The root is distributed differently given a tuple at another position,
-    so that every position has its own table: T = n/s, q = p."""
+    Returns (tuples, seen): tuples (T, 1, q), the numbers of the tuples at T positions in q
+    families; seen (T, E, q), the E targets of each. A family is the T = s tuples under one
+    grandparent. For target root it is the whole string, T = n/s, q = p, since P(root | tuple)
+    depends on where the tuple stands."""
     s, tuples = support.s, support.ids(h)                   # (p, n/s)
     if target == "root":
         return tuples.T[:, None], root.expand(tuples.shape[1], 1, -1)
@@ -153,7 +153,8 @@ def count(h, x, root, support, target, positions):
             seen = seen[:, :1]
         T, E, _ = seen.shape
         table = torch.arange(T * E, device=h.device).view(T, E, 1)
-        # the hot loop: in place, on a tensor of our own
+        # (table K + tuples) symbols + seen, in place on a tensor of our own: this is the hot
+        # loop, and that saves a quarter of its time
         cell = seen.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
         cell += tuples * symbols + table * (K * symbols)    # (T, E, q)
         tables = tables + torch.bincount(cell.flatten(), minlength=T * E * K * symbols)
@@ -177,7 +178,7 @@ def contexts(tables):
 
 
 def distances(X, centers):
-    """Squared distances (R, n, c) of the points X (n, d) to the centres (R, c, d)."""
+    """Squared distances (restarts, n, c) of points X (n, d) to centres (restarts, c, d)."""
     # |x|^2 - 2 x.c + |c|^2, which loses few digits if X is centred
     squares = X.square().sum(1)[:, None] + centers.square().sum(2)[:, None]
     return (squares - 2 * X @ centers.mT).clamp(min=0)
@@ -188,15 +189,15 @@ def spread_centers(X, k, random, restarts, trials):
     proportion to its squared distance from the centres so far. -> (restarts, k, d)"""
     each = torch.arange(restarts, device=X.device)
     first = torch.randint(len(X), (restarts, 1), generator=random)
-    centers = X[first.to(X.device)]                         # (R, 1, d)
-    nearest = distances(X, centers)[:, :, 0]                # (R, n)
+    centers = X[first.to(X.device)]                         # (restarts, 1, d)
+    nearest = distances(X, centers)[:, :, 0]                # (restarts, n)
     for _ in range(k - 1):
         reach = nearest.cumsum(1)
         draw = torch.rand(restarts, trials, generator=random).to(X) * reach[:, -1:]
         drawn = torch.searchsorted(reach, draw).clamp(max=len(X) - 1)
-        candidates = X[drawn]                               # (R, trials, d)
+        candidates = X[drawn]                               # (restarts, trials, d)
         left = torch.minimum(nearest[:, :, None], distances(X, candidates))
-        best = left.sum(1).argmin(1)                        # (R,)
+        best = left.sum(1).argmin(1)                        # (restarts,)
         centers = torch.cat([centers, candidates[each, best][:, None]], 1)
         nearest = left[each, :, best]
     return centers
@@ -213,12 +214,12 @@ def kmeans(X, k, random, restarts=64, trials=4, rounds=30):
     centers = spread_centers(X, k, random, restarts, trials)
     labels = None
     for _ in range(rounds):
-        distance, nearest = distances(X, centers).min(2)    # (R, n)
+        distance, nearest = distances(X, centers).min(2)    # (restarts, n)
         if labels is not None and torch.equal(labels, nearest):
             break
         labels = nearest
-        member = F.one_hot(labels, k).to(X)                 # (R, n, k)
-        size = member.sum(1)[:, :, None]                    # (R, k, 1)
+        member = F.one_hot(labels, k).to(X)                 # (restarts, n, k)
+        size = member.sum(1)[:, :, None]                    # (restarts, k, 1)
         # an empty cluster stays where it is
         centers = torch.where(size > 0, member.mT @ X / size.clamp(min=1), centers)
     inertia, order = distance.sum(1).sort()
@@ -241,16 +242,16 @@ def cluster_pairs(tables, v, random, starts=16, trials=4, rounds=30):
     U, S, _ = torch.linalg.svd(wide, full_matrices=False)
     # only the direction counts: the length says how often a tuple came
     X = F.normalize(U[:, : v - 1] * S[: v - 1])
-    labels, _ = kmeans(X, v, random, starts, trials, rounds)    # (R, K)
+    labels, _ = kmeans(X, v, random, starts, trials, rounds)    # (starts, K)
     for _ in range(rounds):
-        member = F.one_hot(labels, v).to(tables)            # (R, K, v)
+        member = F.one_hot(labels, v).to(tables)            # (starts, K, v)
         # how often a tuple's cousin had each label, and a label's cousin
-        cousin = torch.einsum("tij,rjv->rtiv", tables, member)  # (R, T, K, v)
-        pairs = member.mT[:, None] @ cousin + 0.1           # (R, T, v, v)
+        cousin = torch.einsum("tij,rjv->rtiv", tables, member)  # (starts, T, K, v)
+        pairs = member.mT[:, None] @ cousin + 0.1           # (starts, T, v, v)
         total = pairs.sum((2, 3), keepdim=True)
         by_chance = pairs.sum(2, keepdim=True) * pairs.sum(3, keepdim=True) / total
         log_odds = (pairs / by_chance).log()
-        information = (pairs * log_odds).sum((1, 2, 3))     # (R,) in nats
+        information = (pairs * log_odds).sum((1, 2, 3))     # (starts,) in nats
         relabelled = (cousin @ log_odds.mT).sum(1).argmax(2)
         if torch.equal(labels, relabelled):
             break
@@ -281,9 +282,7 @@ class Tree:
 
         A tuple that was not seen in training is -1, and so is all above it. Raises
         ValueError, naming x, unless x holds strings like those of fit."""
-        x, L = as_strings(x, self.v, self.s)
-        if L != self.L:
-            raise ValueError(f"x: must be (P, {self.s**self.L}), not {tuple(x.shape)}")
+        x, _ = as_strings(x, self.v, self.s, self.L)
         levels = [x.to(self.symbols[0].device)]
         for support, symbol in zip(self.supports, self.symbols):
             symbol = torch.cat([symbol, symbol.new_tensor([-1])])
@@ -297,7 +296,8 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     x: (P, s^L) symbols 0..v-1, an integer tensor, array or list. root: (P,) labels
     0..v-1, only read for target "root". settings: see SETTINGS. Works on x's device and
     returns a Tree. Raises ValueError, naming the argument."""
-    given = read_settings(SETTINGS, PRESETS, settings)
+    options = read_settings(SETTINGS, PRESETS, settings)
+    trials, rounds = options.trials, options.rounds
     x, L = as_strings(x, v, s)
     check_target(target)
     root = check_root(root, x, v) if target == "root" else None
@@ -305,12 +305,12 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     tree, h = Tree(v, s, L, target), x
     for l in range(L - 1):
         support = Support(h, v, s)
-        tables = count(h, x, root, support, target, given.positions)
+        tables = count(h, x, root, support, target, options.positions)
         if target == "joint":
-            labels = cluster_pairs(tables, v, random, given.starts, given.trials, given.rounds)
+            labels = cluster_pairs(tables, v, random, options.starts, trials, rounds)
         else:
             phi = contexts(tables)
-            found, _ = kmeans(phi, v, random, given.restarts, given.trials, given.rounds)
+            found, _ = kmeans(phi, v, random, options.restarts, trials, rounds)
             labels = found[0]
         tree.supports.append(support)
         tree.symbols.append(labels.to(torch.int16))
@@ -335,7 +335,7 @@ def check_root(root, x, v):
 
 def check_size(v, s, m, L, P, target="latent", **settings):
     """Raise ValueError, naming the argument, if a run of this size can't work."""
-    given = read_settings(SETTINGS, PRESETS, settings)
+    options = read_settings(SETTINGS, PRESETS, settings)
     check_target(target)
     check_memory("depth", 3 * strings_bytes(TEST_STRINGS, s, L), "the test strings")
     check_memory("samples", strings_bytes(P, s, L), "the strings")
@@ -343,16 +343,16 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     # T positions and E targets of each, as beside lists them, where they are most
     below = {"latent": s, "joint": 1}.get(target, s ** (L - 1))
     T, E = (s ** (L - 1), 1) if target == "root" else (s, (s - 1) * below)
-    T = T if given.positions == "all" else 1
-    E = E if given.positions != "element" else 1
+    T = T if options.positions == "all" else 1
+    E = E if options.positions != "element" else 1
     tables = T * E
     if target == "joint":
         check_memory("m", 40 * tables * K * K, "the tables of cousin tuples")
-        check_memory("starts", 20 * given.starts * tables * K * v, "k-means")
+        check_memory("starts", 20 * options.starts * tables * K * v, "k-means")
     else:
         check_memory("depth", 32 * tables * K * v, "the contexts")
-        held = K * max(16 * v, 8 * given.trials) + 8 * v * tables * v
-        check_memory("restarts", given.restarts * held, "k-means")
+        held = K * max(16 * v, 8 * options.trials) + 8 * v * tables * v
+        check_memory("restarts", options.restarts * held, "k-means")
 
 
 # ----------------------------------------------------------------------------------------
@@ -406,11 +406,10 @@ def main():
         seen = f"{len(tree.symbols[l - 1])} of {v * m}"
         print(f"{l:5}   {seen:>11}   {right:8.3f}")
     print("\nlevel 1 as learned: the pieces of string in a line are one symbol")
-    places = [v**k for k in reversed(range(s))]
     for a in range(min(v, 8)):
-        codes = tree.supports[0].codes[tree.symbols[0] == a].tolist()
-        pieces = [" ".join(str(code // place % v) for place in places) for code in codes]
-        print(f"  {a}: " + " | ".join(pieces))
+        codes = tree.supports[0].codes[tree.symbols[0] == a]
+        pieces = digits(codes.cpu().numpy(), v, s)          # (tuples, s)
+        print(f"  {a}: " + " | ".join(" ".join(map(str, piece)) for piece in pieces))
 
 
 if __name__ == "__main__":

@@ -34,21 +34,22 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_memory, check_runs, choice, digest,
+    as_strings, check_apart, check_memory, check_runs, choice,
     given_settings, grammar_from_flags, linear_probe, new_file, open_trace, option, paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
-BETAS, CLIP, BETA = (0.9, 0.98), 1.0, 4.0  # AdamW, gradient norm, smooth L1: the paper's
-PIECE = 512                                # strings encoded at a time when measuring
-DRAWN = 100                                # steps whose strings and masks are drawn at once
+ADAM_BETAS = (0.9, 0.98)        # the paper's, and so are the next two
+CLIP = 1.0                      # largest norm of a gradient
+SMOOTH_L1_BETA = 4.0            # errors above it count linearly
+PIECE = 512                     # strings encoded at a time when measuring
+DRAWN = 100                     # steps whose strings and masks are drawn at once
 
-
-WORDS = "top", "mixed"  # in place of a level
+MASK_WORDS = "top", "mixed"     # in place of a level
 mask_block = option(
-    lambda text: text if text in WORDS else int(text),
-    lambda block: block in (*WORDS, *range(25)), "a level, top or mixed",
+    lambda text: text if text in MASK_WORDS else int(text),
+    lambda block: block in (*MASK_WORDS, *range(25)), "a level, top or mixed",
 )
 # the last bits of a matrix product depend on how its memory is aligned: with multiples of 8
 # every run is aligned alike, whatever R
@@ -104,7 +105,8 @@ def layer_norm(h):
 
 
 def pool(h, nodes):
-    """(..., n, d) -> (..., nodes, d): means of what is under a node, or copies beneath it."""
+    """Maps (..., n, d) at so many nodes, (..., nodes, d): the mean of what is beneath each, or
+    a copy of what is above it."""
     n = h.shape[-2]
     if n > nodes:
         return h.unflatten(-2, (nodes, n // nodes)).mean(-2)
@@ -120,17 +122,16 @@ def look_up(table, x):
 
 
 class Linear(nn.Module):
-    """R linear maps, (R, ..., inputs) -> (R, ..., outputs). Inputs may come in parts."""
+    """R linear maps, (R, ..., inputs) -> (R, ..., outputs)."""
 
     def __init__(self, R, inputs, outputs):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(R, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(R, 1, outputs))
 
-    def forward(self, *parts):
-        out, sizes = self.bias, [h.shape[-1] for h in parts]
-        for h, weight in zip(parts, self.weight.split(sizes, 1)):
-            out = torch.baddbmm(out, h.flatten(1, -2), weight)  # (R, n, outputs)
+    def forward(self, h):
+        flat = h.flatten(1, -2)                                 # (R, n, inputs)
+        out = torch.baddbmm(self.bias, flat, self.weight)       # (R, n, outputs)
         return out.view(*h.shape[:-1], -1)
 
 
@@ -154,8 +155,8 @@ class TwoLayers(nn.Module):
         self.first = Linear(R, inputs, hidden)
         self.second = Linear(R, hidden, outputs)
 
-    def forward(self, *parts):
-        return self.second(F.gelu(self.first(*parts)))
+    def forward(self, h):
+        return self.second(F.gelu(self.first(h)))
 
 
 def initialise(module, randoms):
@@ -172,16 +173,19 @@ def initialise(module, randoms):
 
 # ----------------------------------------------------------------------------------------
 # two encoders: tokens (R, B, T), v for a hidden one -> a list of maps, layer-normalised
+#
+# A third one needs a name in SETTINGS and in ENCODERS, and `maps`, how many it makes. Every
+# parameter has R first; initialise draws those named weight, embed or position.
 
 
 class TreeEncoder(nn.Module):
     """A U-Net on the s-ary tree; nodes of a level share one network up and one down.
     The maps are those of the way down: (R, B, s^(L-l), d) for level l, from L-1 to 0."""
 
-    def __init__(self, R, v, s, L, settings):
+    def __init__(self, R, v, s, L, options):
         super().__init__()
-        d, hidden = settings.width, settings.hidden
-        self.inputs = s * d  # features of siblings, one after the other
+        d, hidden = options.width, options.hidden
+        self.maps, self.inputs = L, s * d  # inputs: features of siblings, one after the other
         self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
@@ -199,7 +203,8 @@ class TreeEncoder(nn.Module):
         # down: what stands around it, too, from siblings and the context of the parent
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
-            change = net(h.view(family), context)               # (R, B, s^(L-l-1), s d)
+            around = torch.cat([h.view(family), context], -1)   # (R, B, s^(L-l-1), (s+1) d)
+            change = net(around)                                # (R, B, s^(L-l-1), s d)
             context = layer_norm(h + change.view_as(h))
             maps.append(context)
         return maps
@@ -208,14 +213,15 @@ class TreeEncoder(nn.Module):
 class Block(nn.Module):
     """Pre-LN attention and feed-forward network, each on a residual branch."""
 
-    def __init__(self, R, T, settings):
+    def __init__(self, R, T, options):
         super().__init__()
-        d, self.heads = settings.width, settings.heads
+        d, self.heads = options.width, options.heads
         self.norm1, self.norm2 = LayerNorm(R, d), LayerNorm(R, d)
         self.qkv, self.out = Linear(R, d, 3 * d), Linear(R, d, d)
-        self.ffn = TwoLayers(R, d, settings.hidden, d)
+        self.ffn = TwoLayers(R, d, options.hidden, d)
+        self.drop = nn.Identity()       # train gives a student Dropout
         self.bias = None
-        if settings.attention_bias:
+        if options.attention_bias:
             self.bias = nn.Parameter(torch.zeros(R, 1, self.heads, T, T))
 
     def attend(self, h):
@@ -232,10 +238,6 @@ class Block(nn.Module):
         mixed = mixed.view(R, B, self.heads, T, -1).transpose(2, 3)
         return self.out(mixed.flatten(3))
 
-    def drop(self, branch):
-        """Nothing is dropped, until add_dropout gives a student another drop."""
-        return branch
-
     def forward(self, h):
         h = h + self.drop(self.attend(self.norm1(h)))
         return h + self.drop(self.ffn(self.norm2(h)))
@@ -244,12 +246,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The paper's kind of encoder; its maps are the residual stream after every block."""
 
-    def __init__(self, R, v, s, L, settings):
+    def __init__(self, R, v, s, L, options):
         super().__init__()
-        T, d = s**L, settings.width
+        T, d, self.maps = s**L, options.width, options.layers
         self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.position = nn.Parameter(torch.empty(R, T, d))
-        self.blocks = nn.ModuleList(Block(R, T, settings) for _ in range(settings.layers))
+        self.blocks = nn.ModuleList(Block(R, T, options) for _ in range(options.layers))
 
     def forward(self, x):
         h = look_up(self.embed, x) + self.position[:, None]     # (R, B, T, d)
@@ -260,10 +262,7 @@ class Transformer(nn.Module):
         return maps
 
 
-def build(R, v, s, L, settings):
-    """R encoders of the kind that settings name, with weights still to be drawn."""
-    encoder = TreeEncoder if settings.encoder == "tree" else Transformer
-    return encoder(R, v, s, L, settings)
+ENCODERS = {"tree": TreeEncoder, "transformer": Transformer}
 
 
 # ----------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ def draw_mask(B, L, s, rate, block, random):
 
 def smooth_l1(prediction, goal):
     """Two (R, B, n, d) -> (R, B, n), the mean over features."""
-    return F.smooth_l1_loss(prediction, goal, reduction="none", beta=BETA).mean(-1)
+    return F.smooth_l1_loss(prediction, goal, reduction="none", beta=SMOOTH_L1_BETA).mean(-1)
 
 
 def cross_entropy(scores, tokens):
@@ -297,18 +296,31 @@ def cross_entropy(scores, tokens):
     return error.view(tokens.shape)
 
 
+def goal(target, x, maps):
+    """What is the target? One goal for each head: tokens (R, B, T), or features (R, B, n, d).
+
+    x: whole strings, (R, B, T); maps: the teacher's top K maps of them, if the target needs any."""
+    if target == "token":
+        return [x]
+    if target == "stacked":
+        return maps                                             # each (R, B, n, d)
+    maps = [pool(h, x.shape[2]) for h in maps]                  # each (R, B, T, d)
+    if target == "several":
+        return maps
+    return [sum(maps) / len(maps)]                              # latent
+
+
 class Network(nn.Module):
     """R students: an encoder, and the linear heads that predict from its maps."""
 
-    def __init__(self, R, v, s, L, target, settings):
+    def __init__(self, R, v, s, L, target, options):
         super().__init__()
-        self.v, self.s, self.L, self.target, self.settings = v, s, L, target, settings
-        d = settings.width
-        maps = L if settings.encoder == "tree" else settings.layers
-        self.K = min(settings.top, maps)
+        self.v, self.s, self.L, self.target, self.options = v, s, L, target, options
+        d = options.width
+        self.encoder = ENCODERS[options.encoder](R, v, s, L, options)
+        self.K = min(options.top, self.encoder.maps)
         heads = self.K if target in ("stacked", "several") else 1
         outputs = aligned(v) if target == "token" else d
-        self.encoder = build(R, v, s, L, settings)
         self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(heads))
 
     def predict(self, x, hidden):
@@ -322,12 +334,13 @@ class Network(nn.Module):
     def forward(self, x, hidden, goals, count):
         """(R,) losses, given the goal of every head: sums over hidden positions / count."""
         loss = 0
-        for prediction, goal in zip(self.predict(x, hidden), goals):
+        for prediction, aim in zip(self.predict(x, hidden), goals, strict=True):
             if self.target == "token":
-                error = cross_entropy(prediction[..., : self.v], goal)  # (R, B, T)
+                error = cross_entropy(prediction[..., : self.v], aim)   # (R, B, T)
             else:
-                error = smooth_l1(prediction, goal)                     # (R, B, n)
-            error = pool(error[..., None], x.shape[2])[..., 0]          # (R, B, T)
+                error = smooth_l1(prediction, aim)                      # (R, B, n)
+                # if n < T, the error of a node counts at all of its tokens
+                error = pool(error[..., None], x.shape[2])[..., 0]      # (R, B, T)
             loss = loss + (error * hidden).sum((1, 2)) / count
         return loss
 
@@ -337,22 +350,25 @@ class Network(nn.Module):
 
 
 def stream(seed, number, device="cpu"):
-    """One of four independent generators of a seed."""
+    """One of four independent generators of a seed: 0 draws weights, 1 picks strings, 2 hides
+    tokens, 3 drops out. Strings have seeds of their own: P of seed, the test of (seed, 1), fresh
+    ones online of (seed, 2, step), and those that probes are fitted on of (seed, 3) and (seed, 4,
+    level)."""
     return torch.Generator(device).manual_seed(4 * seed + number)
 
 
-def drawn_at_once(settings, T):
+def drawn_at_once(options, T):
     """The number of steps whose strings and masks are drawn at once."""
-    return max(1, min(DRAWN, 2**22 // (settings.batch * T)))
+    return max(1, min(DRAWN, 2**22 // (options.batch * T)))
 
 
-def batches(xs, L, s, seeds, randoms, settings, done=0):
+def batches(xs, L, s, seeds, randoms, options, done=0):
     """Yields x, (R, B, T) int64, and hidden, (R, B, T) bool, for every step after `done`.
 
     randoms: two generators for each run, one that picks strings and one that draws masks."""
-    T, B = s**L, settings.batch
-    n, device = drawn_at_once(settings, T), randoms[0][0].device
-    for start in range(done, settings.steps, n):
+    T, B = s**L, options.batch
+    n, device = drawn_at_once(options, T), randoms[0][0].device
+    for start in range(done, options.steps, n):
         x, hidden = [], []
         for run, seed, (pick, mask) in zip(xs, seeds, randoms):
             if isinstance(run, Grammar):
@@ -360,9 +376,9 @@ def batches(xs, L, s, seeds, randoms, settings, done=0):
             else:
                 rows = torch.randint(len(run), (n * B,), generator=pick, device=device)
                 x.append(run[rows])
-            hidden.append(draw_mask(n * B, L, s, settings.mask, settings.mask_block, mask))
+            hidden.append(draw_mask(n * B, L, s, options.mask, options.mask_block, mask))
         x, hidden = (torch.stack(part).unflatten(1, (n, B)) for part in (x, hidden))
-        for i in range(min(n, settings.steps - start)):
+        for i in range(min(n, options.steps - start)):
             yield x[:, i].long(), hidden[:, i]
 
 
@@ -374,14 +390,14 @@ def adamw(student, decay):
         group.append(w)
     groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
     fused = decaying[0].device.type != "mps"
-    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(groups, betas=ADAM_BETAS, weight_decay=decay, fused=fused)
 
 
-def learning_rate(step, settings):
+def learning_rate(step, options):
     """Rises linearly in the first steps, and falls linearly to 0 in the last ones."""
-    rise = step / settings.warmup
-    fall = (settings.steps + 1 - step) / max(1, settings.cooldown * settings.steps)
-    return settings.lr * min(1, rise, fall)
+    rise = step / options.warmup
+    fall = (options.steps + 1 - step) / max(1, options.cooldown * options.steps)
+    return options.lr * min(1, rise, fall)
 
 
 def clip_each_run(weights):
@@ -397,7 +413,8 @@ def clip_each_run(weights):
 @torch.no_grad()
 def follow(teacher, student, ema):
     """One step of the moving average: teacher <- ema * teacher + (1 - ema) * student."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
+    for old, new in zip(teacher.parameters(), student.parameters()):
+        old.lerp_(new, 1 - ema)
 
 
 def rank_and_world():
@@ -407,19 +424,18 @@ def rank_and_world():
     return 0, 1
 
 
-def add_dropout(student, randoms, own):
-    """Dropout for the student alone. Every run draws from its own generator, for its whole
-    batch, of which this process has the slice own."""
-    rate, batch = student.settings.dropout, student.settings.batch
+class Dropout(nn.Module):
+    """Every run draws from its own generator, for its whole batch, of which this process has
+    the slice own."""
 
-    def drop(h):
-        size = batch, *h.shape[2:]
-        draws = [torch.rand(size, generator=random, device=h.device) for random in randoms]
-        return h * (torch.stack(draws)[:, own] >= rate) / (1 - rate)
+    def __init__(self, rate, batch, randoms, own):
+        super().__init__()
+        self.rate, self.batch, self.randoms, self.own = rate, batch, randoms, own
 
-    for block in student.modules():
-        if isinstance(block, Block) and rate:
-            block.drop = drop
+    def forward(self, h):
+        size = self.batch, *h.shape[2:]
+        draws = [torch.rand(size, generator=random, device=h.device) for random in self.randoms]
+        return h * (torch.stack(draws)[:, self.own] >= self.rate) / (1 - self.rate)
 
 
 def train(student, xs, seeds, watch=None, resume=None):
@@ -427,45 +443,42 @@ def train(student, xs, seeds, watch=None, resume=None):
 
     Returns (teacher, diverged): the moving average of the student, heads and all; and for
     each run the step whose loss or gradient was not finite, where it stops, or 0."""
-    s, L, K, target, settings = student.s, student.L, student.K, student.target, student.settings
-    R, T, device = len(xs), s**L, student.encoder.embed.device
+    s, L, K, target, options = student.s, student.L, student.K, student.target, student.options
+    R, T, device = len(xs), s**L, next(student.parameters()).device
     teacher = deepcopy(student).requires_grad_(False)
-    optimizer = adamw(student, settings.decay)
+    optimizer = adamw(student, options.decay)
     pick, mask, noise = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
 
     # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights)
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
     about = {"v": student.v, "s": s, "depth": L, "target": target, "seed": list(seeds)}
-    about |= {**vars(settings), "device": device.type}
+    about |= {**vars(options), "device": device.type}
     checkpoint = Checkpoint(resume, parts, [*pick, *mask, *noise], xs, about)
     done, stopped = checkpoint.load()
 
     # of several processes each has its own part of every batch; gradients are averaged
     rank, world = rank_and_world()
     own = slice(rank, None, world)
-    add_dropout(student, noise, own)
+    for block in student.modules():
+        if isinstance(block, Block) and options.dropout:
+            block.drop = Dropout(options.dropout, options.batch, noise, own)
     learn, see = student, teacher.encoder
     if world > 1:
         learn = DistributedDataParallel(learn)
-    if settings.compile:
+    if options.compile:
         learn, see = torch.compile(learn), torch.compile(see)
-    precision = partial(torch.autocast, device.type, torch.bfloat16, settings.bfloat16)
+    precision = partial(torch.autocast, device.type, torch.bfloat16, options.bfloat16)
 
-    drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), settings, done)
+    drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), options, done)
     for step, (x, hidden) in enumerate(drawn, done + 1):
-        count = hidden.sum((1, 2)) / world      # (R,), so that the average of parts is the mean
+        # hidden tokens, (R,): the average over processes of sums / count is the mean error
+        count = hidden.sum((1, 2)) / world
         x, hidden = x[:, own], hidden[:, own]
 
         # the teacher sees whole strings, and nothing flows back into it
         with torch.no_grad(), precision():
-            if target == "token":
-                goals = [x]                                             # (R, B, T)
-            else:
-                goals = see(x)[-K:]                                     # each (R, B, n, d)
-            if target in ("latent", "several"):
-                goals = [pool(h, T) for h in goals]                     # each (R, B, T, d)
-            if target == "latent":
-                goals = [sum(goals) / K]                                # (R, B, T, d)
+            maps = [] if target == "token" else see(x)[-K:]             # each (R, B, n, d)
+            goals = goal(target, x, maps)
 
         # the student sees the rest, and predicts what is hidden from it
         with precision():
@@ -486,16 +499,16 @@ def train(student, xs, seeds, watch=None, resume=None):
                 stopped[r] = step, [w[r].clone() for w in teacher.parameters()]
 
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = learning_rate(step, options)
         optimizer.step()
-        follow(teacher, student, settings.ema)
+        follow(teacher, student, options.ema)
         if watch:
-            watch(step, loss, teacher.encoder)
+            watch(step, options.steps, teacher, loss)
         if len(stopped) == R:
             break
         # between two draws the generators' states say all about the steps to come
-        last = step == settings.steps
-        if rank == 0 and (last or step % drawn_at_once(settings, T) == 0):
+        last = step == options.steps
+        if rank == 0 and (last or step % drawn_at_once(options, T) == 0):
             checkpoint.save(step, stopped, last)
 
     # what diverged goes back to where it stopped
@@ -506,7 +519,7 @@ def train(student, xs, seeds, watch=None, resume=None):
 
 
 # ----------------------------------------------------------------------------------------
-# one face with the other learners
+# what fit returns
 
 
 class Data2vec:
@@ -515,26 +528,24 @@ class Data2vec:
 
     def __init__(self, network, untrained=None, diverged=0):
         self.v, self.s, self.L = network.v, network.s, network.L
-        self.target, self.settings = network.target, network.settings
+        self.target, self.options = network.target, network.options
         self.network, self.encoder = network, network.encoder
         self.untrained, self.diverged = untrained, diverged
 
     def __repr__(self):
-        sizes = f"v={self.v}, s={self.s}, L={self.L}, encoder={self.settings.encoder}"
+        sizes = f"v={self.v}, s={self.s}, L={self.L}, encoder={self.options.encoder}"
         return f"Data2vec(target={self.target}, {sizes}, diverged={self.diverged})"
 
     def features(self, x):
         """Strings (P, s^L) -> [map (P, n, d) float32, layer-normalised], n = s, s^2, ..., s^L
         nodes of the tree, or s^L positions after every block. Raises ValueError, naming x."""
-        x, L = as_strings(x, self.v, self.s)
-        if L != self.L:
-            raise ValueError(f"x: must have {self.s**self.L} tokens a string, not {x.shape[1]}")
-        return encode(self.encoder, x.to(self.encoder.embed.device))
+        x, _ = as_strings(x, self.v, self.s, self.L)
+        return encode(self.encoder, x.to(next(self.encoder.parameters()).device))
 
     def save(self, file):
         """Write sizes, settings and weights; the file is complete or not there."""
         saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
-        saved["settings"] = vars(self.settings)
+        saved["settings"] = vars(self.options)
         saved["weights"] = {name: w.cpu() for name, w in self.network.state_dict().items()}
         write_whole(file, partial(torch.save, saved))
 
@@ -543,10 +554,10 @@ def load(file):
     """The Data2vec that save wrote, on the CPU. Raises ValueError for any other file."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        settings = read_settings(SETTINGS, PRESETS, saved["settings"])
+        options = read_settings(SETTINGS, PRESETS, saved["settings"])
         v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
         check_size(v, s, 2, L, 1, target, **saved["settings"])
-        network = Network(1, v, s, L, target, settings).requires_grad_(False)
+        network = Network(1, v, s, L, target, options).requires_grad_(False)
         network.load_state_dict(saved["weights"])
     except OSError:
         raise
@@ -564,7 +575,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
         raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
     if m == 1:
         raise ValueError("m: must be 2 or more: a single rule has no synonym to measure")
-    if options.mask_block not in ("mixed", "top", *range(L)):
+    if options.mask_block not in (*MASK_WORDS, *range(L)):
         raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed")
 
     # numbers that a token leaves in the maps, and in a step for its gradient
@@ -575,7 +586,8 @@ def check_size(v, s, m, L, P, target="latent", **settings):
         if d % heads:
             raise ValueError(f"width: must be a multiple of heads = {heads}, not {d}")
     with torch.device("meta"):  # shapes without memory
-        weights = sum(w.numel() for w in build(1, v, s, L, options).parameters())
+        encoder = ENCODERS[options.encoder](1, v, s, L, options)
+    weights = sum(w.numel() for w in encoder.parameters())
     measured = options.test_strings + options.probe_strings
     check_memory("samples", 0 if options.online else 2 * P * T, f"{P} strings of {T} tokens")
     check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
@@ -613,7 +625,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
     fresh strings. A run depends on these and its seed alone. settings: rows of SETTINGS, preset.
     device: that of the strings, if not given.
-    watch(step, loss, teacher) is called after every step: R losses, and R encoders in one.
+    watch(step, steps, network, loss) is called after every step, with the Network of all
+    teachers and their losses, (R,).
     resume: a file, written every minute and at the end; if it is there, the runs go on from
     it. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
     xs, L, device = check_runs(xs, v, s, seeds, device)
@@ -657,7 +670,7 @@ def encode(encoder, x):
     return [torch.cat(maps, 1)[0] for maps in zip(*pieces)]
 
 
-def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
+def unseen_synonyms(features, grammar, seed, options, device="cpu"):
     """Which levels do features know? Lists over l = 1..L-1: (unseen, seen, collapsed).
 
     A linear probe reads h^(l) from the best map, at its node. It is fitted on strings without
@@ -665,12 +678,12 @@ def unseen_synonyms(features, grammar, seed, settings, device="cpu"):
     it is right only if synonyms look alike. seen: on others, whose parent it can look up.
     collapsed: it answers with fewer than v symbols. Raises ValueError if m = 1."""
     v, s, L = grammar.v, grammar.s, grammar.L
-    test = grammar.sample(settings.test_strings, (seed, 1), device)
+    test = grammar.sample(options.test_strings, (seed, 1), device)
     tested = features(test[0])
     results = []
     for l in range(1, L):
         # fit on strings without rule 0 of every symbol
-        known = grammar.sample(settings.probe_strings, (seed, 4, l), device, without=l)
+        known = grammar.sample(options.probe_strings, (seed, 4, l), device, without=l)
         rule = tuple_codes(grammar.rules[l - 1][:, 0].to(device), v)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
         absent, nodes = torch.isin(tuples, rule), s ** (L - l)
@@ -713,36 +726,32 @@ def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
 def measure(models, grammars, seeds, device="cpu"):
     """[Score] of what fit_many returned: levels 1..L-1 by unseen synonyms, and the root by
     the paper's MLP probe of the last map, averaged over positions. floor: those untrained."""
-    settings, v, R = models[0].settings, models[0].v, len(models)
+    options, v, R = models[0].options, models[0].v, len(models)
     encoders = [(model.encoder, g, seed) for model, g, seed in zip(models, grammars, seeds)]
-    # runs of one grammar and seed began alike, and have one floor
-    names = [(digest([g]), seed) for g, seed in zip(grammars, seeds)]
-    first = {name: names.index(name) for name in names}
-    encoders += [(models[r].untrained, grammars[r], seeds[r]) for r in first.values()]
-
+    encoders += [(model.untrained, g, seed) for model, g, seed in zip(models, grammars, seeds)]
     found, pooled = [], []
     for encoder, grammar, seed in encoders:
         features = partial(encode, encoder)     # strings -> maps
-        accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, settings, device)
+        accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, options, device)
         found.append((accuracy, collapsed))
-        known = grammar.sample(settings.probe_strings, (seed, 3), device)
-        fresh = grammar.sample(settings.test_strings, (seed, 1), device)
+        known = grammar.sample(options.probe_strings, (seed, 3), device)
+        fresh = grammar.sample(options.test_strings, (seed, 1), device)
         means = [features(levels[0])[-1].mean(1) for levels in (known, fresh)]  # (n, d)
         pooled.append((*means, known[-1][:, 0], fresh[-1][:, 0]))
 
     # the probes of all roots side by side
     known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))
-    answers = mlp_probe(known, labels, v, settings.probe_steps)(fresh)
+    answers = mlp_probe(known, labels, v, options.probe_steps)(fresh)
     roots = (answers == truth).float().mean(1).tolist()
     for (accuracy, collapsed), root, answer in zip(found, roots, answers):
         accuracy.append(root)
         collapsed.append(len(answer.unique()) < v)
 
-    floors, scores = dict(zip(first, found[R:])), []
-    for model, name, (accuracy, collapsed) in zip(models, names, found):
+    scores = []
+    for model, (accuracy, collapsed), (floor, _) in zip(models, found, found[R:]):
         if model.diverged:
             accuracy, collapsed = [0.0] * model.L, [False] * model.L
-        scores.append(Score(accuracy, collapsed, floors[name][0], model.diverged))
+        scores.append(Score(accuracy, collapsed, floor, model.diverged))
     return scores
 
 
@@ -772,18 +781,17 @@ def token_losses(model, grammar, seed):
     masked as in training: (of the model, exact limit by the rules, marginals of positions)."""
     if model.target != "token":
         raise ValueError(f"model: must be trained with target token, not {model.target}")
-    v, s, L, settings = grammar.v, grammar.s, grammar.L, model.settings
-    fresh = grammar.sample(settings.test_strings, (seed, 1))[0]
+    v, s, L, options = grammar.v, grammar.s, grammar.L, model.options
+    fresh = grammar.sample(options.test_strings, (seed, 1))[0]
     # from the stream that drew no mask in training
-    masks = settings.mask, settings.mask_block, stream(seed, 1)
+    masks = options.mask, options.mask_block, stream(seed, 1)
     hidden = draw_mask(len(fresh), L, s, *masks)                            # (P, T)
     nothing = torch.zeros(s**L, dtype=torch.bool)
     unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
 
     # exact inference in pieces of no more than 256 MiB, if one string needs less
-    need = 16 * s ** (L - 1) * v * grammar.m * (2 * s + 1)
-    piece = max(1, 2**28 // need)
-    device = model.encoder.embed.device
+    piece = max(1, 2**28 // grammar.posterior_bytes(1))
+    device = next(model.network.parameters()).device
     losses = torch.zeros(3, dtype=torch.float64)
     for x, gone in zip(fresh.long().split(piece), hidden.split(piece)):
         scores = model.network.predict(x[None].to(device), gone[None].to(device))[0]
@@ -796,13 +804,13 @@ def token_losses(model, grammar, seed):
 
 
 @torch.no_grad()
-def synonym_scores(features, grammar, seed, settings, device="cpu"):
+def synonym_scores(features, grammar, seed, options, device="cpu"):
     """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: floats.
 
     A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, and all below
     is resampled. C_l is 1 - (mean distance that the node's mean features move by synonyms) /
     (that by any tuple): 1 if synonyms are the same, 0 if they are nothing special."""
-    levels = grammar.sample(min(1024, settings.test_strings), (seed, 1), device)
+    levels = grammar.sample(min(1024, options.test_strings), (seed, 1), device)
     before, strings = features(levels[0]), torch.arange(len(levels[0]), device=device)
     scores = []
     for l in range(1, grammar.L):
@@ -852,9 +860,9 @@ def join_processes(parser, device):
     return device
 
 
-def look(encoder, grammar, seed, settings, device):
+def quick_measures(encoder, grammar, seed, options, device):
     """What main shows while it trains, on few strings: spread, unseen, synonyms, in a row."""
-    few = deepcopy(settings)
+    few = deepcopy(options)
     few.test_strings = min(PIECE, few.test_strings)
     few.probe_strings = min(PIECE, few.probe_strings)
     features = partial(encode, encoder)
@@ -867,7 +875,7 @@ def look(encoder, grammar, seed, settings, device):
 def print_scores(model, grammar, seed, device):
     """The table at the end: what recover gives, beside an untrained encoder."""
     score = measure([model], [grammar], [seed], device)[0]
-    where = f"on {model.settings.test_strings} fresh strings (chance {1 / model.v:.3f})"
+    where = f"on {model.options.test_strings} fresh strings (chance {1 / model.v:.3f})"
     print(f"\n{where:38}   trained   untrained")
     rows = zip(score.accuracy, score.floor, score.collapsed)
     for l, (right, floor, collapsed) in enumerate(rows, 1):
@@ -893,10 +901,10 @@ def main():
     args = parser.parse_args()
     grammar = grammar_from_flags(parser, args)
     device = pick_device(parser, args.device)
-    given = given_settings(SETTINGS, args)
+    settings = given_settings(SETTINGS, args)
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     try:
-        check_size(v, s, m, L, P, args.target, **given)
+        check_size(v, s, m, L, P, args.target, **settings)
         check_apart(args)
     except ValueError as error:
         parser.error(f"argument --{error}")
@@ -904,38 +912,39 @@ def main():
     rank, world = rank_and_world()
 
     # a trial of a few steps is measured little, or that would take longer than training
-    settings = read_settings(SETTINGS, PRESETS, given)
-    few = max(8, settings.steps * settings.batch // 32)
+    options = read_settings(SETTINGS, PRESETS, settings)
+    few = max(8, options.steps * options.batch // 32)
     for name in ("test_strings", "probe_strings", "probe_steps"):
-        given.setdefault(name, min(few, getattr(settings, name)))
-    given.setdefault("probes", min(settings.steps // 20, settings.probes))
-    settings = read_settings(SETTINGS, PRESETS, given)
+        settings.setdefault(name, min(few, getattr(options, name)))
+    settings.setdefault("probes", min(options.steps // 20, options.probes))
+    options = read_settings(SETTINGS, PRESETS, settings)
     # more threads gain nothing on matrices this small, and wait where others work
-    if device == "cpu" and settings.width <= 64:
+    if device == "cpu" and options.width <= 64:
         torch.set_num_threads(1)
 
-    x = grammar if settings.online else grammar.sample(P, seed, device)[0]
-    strings = "always fresh" if settings.online else P
+    x = grammar if options.online else grammar.sample(P, seed, device)[0]
+    strings = "always fresh" if options.online else P
     print(f"{strings} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
-    print(f"target {args.target}, {settings.encoder} encoder; by level, the best of its maps:")
+    print(f"target {args.target}, {options.encoder} encoder; by level, the best of its maps:")
     print("unseen: read from tuples that the probe never saw; synonyms: their score\n")
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
 
     # step 1 tells what an untrained encoder gets
-    every = max(1, settings.steps // max(1, settings.probes))
-    measured = {1, *range(every, settings.steps + 1, every)} if settings.probes else {}
-    bar = tqdm(total=settings.steps, unit="step", leave=False, disable=rank > 0)
+    every = max(1, options.steps // max(1, options.probes))
+    looked_at = {1, *range(every, options.steps + 1, every)} if options.probes else {}
+    bar = tqdm(total=options.steps, unit="step", leave=False, disable=rank > 0)
     trace = None
 
-    def watch(step, loss, teacher):
+    def watch(step, steps, network, loss):
         nonlocal trace
         trace = trace or open_trace(args.trace, [*columns, "v", "m", "P"], step)
         bar.update(step - bar.n)
-        if step in measured:
-            numbers = [loss.item(), *look(teacher, grammar, seed, settings, device)]
-            seen = step * settings.batch if settings.online else P
+        if step in looked_at:
+            measured = quick_measures(network.encoder, grammar, seed, options, device)
+            numbers = [loss.item(), *measured]
+            seen = step * options.batch if options.online else P
             print(step, *numbers, v, m, seen, sep=",", file=trace, flush=True)
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
 
@@ -943,7 +952,7 @@ def main():
         with bar:
             model = fit(
                 x, v, s, args.target, seed, watch=watch if rank == 0 else None, device=device,
-                resume=args.resume, **given,
+                resume=args.resume, **settings,
             )
     except ValueError as error:  # of --resume; all else is checked
         parser.error(f"argument --{error}")

@@ -316,8 +316,7 @@ class Grammar:
         if visible.dtype != torch.bool or visible.shape not in (x.shape, x.shape[1:]):
             raise ValueError(f"visible: must be bool, (P, {s**L}) or ({s**L},)")
         x = self._strings(x * visible)
-        need = 16 * len(x) * s ** (L - 1) * v * m * (2 * s + 1)
-        check_memory("x", need, "exact inference")
+        check_memory("x", self.posterior_bytes(len(x)), "exact inference")
 
         # up: how likely the tokens beneath a node are, given its symbol, up to a factor
         token = F.one_hot(x.long(), v).double()
@@ -342,6 +341,10 @@ class Grammar:
         # share of it, its posterior, is likely * d log(evidence) / d likely
         slopes = torch.autograd.grad(log_evidence, levels)
         return [(likely * slope).detach() for likely, slope in zip(levels, slopes)]
+
+    def posterior_bytes(self, P):
+        """What exact inference on P strings needs: the products over each rule's children."""
+        return 16 * P * self.s ** (self.L - 1) * self.v * self.m * (2 * self.s + 1)
 
 
 def distance_of_contexts(joint, inner):
@@ -527,7 +530,7 @@ def check_memory(name, need, what):
     """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
     if need > MEMORY:
         needed, there = need / 2**30, MEMORY / 2**30
-        raise ValueError(f"{name}: {what} would need {needed:.3g} GiB of {there:.3g}")
+        raise ValueError(f"{name}: {what} would need {needed:.3g} GiB, {there:.3g} at most")
 
 
 def strings_bytes(P, s, L):
@@ -535,15 +538,17 @@ def strings_bytes(P, s, L):
     return P * sum(s**l for l in range(L + 1))
 
 
-def as_strings(x, v, s):
-    """Anyone's strings, of symbols 0..v-1 -> ((P, s^L) uint8 tensor on x's device, L)."""
+def as_strings(x, v, s, L=None):
+    """Anyone's strings, of symbols 0..v-1 -> ((P, s^L) uint8 tensor on x's device, L).
+    L: the only depth that fits, if it is known."""
     check_sizes(v, s)
     x = whole_numbers("x", x, v)
     length = x.shape[1] if x.ndim == 2 and len(x) else 0    # 0: refused below
-    L = round(math.log(max(length, 1), s))
-    if L < 2 or length != s**L:
-        raise ValueError(f"x: must be (P, {s}^L), P >= 1, L >= 2, not {tuple(x.shape)}")
-    return x.to(torch.uint8), L
+    depth = round(math.log(max(length, 1), s))
+    if depth < 2 or length != s**depth or L not in (None, depth):
+        wanted = f"{s}^L), P >= 1, L >= 2" if L is None else f"{s**L}), P >= 1"
+        raise ValueError(f"x: must be (P, {wanted}, not {tuple(x.shape)}")
+    return x.to(torch.uint8), depth
 
 
 def check_runs(xs, v, s, seeds, device=None):

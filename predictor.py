@@ -42,7 +42,7 @@ from grammar import (
 
 TARGETS = ("latent", "token", "joint")
 
-SETTINGS = (
+SETTINGS = (  # name, type, default, the paper's value, help
     Setting("steps", whole(1), 800, 10**6, "training steps, at most"),
     Setting("epochs", whole(1), 200, 30, "passes over the P strings, at most"),
     Setting("batch", whole(0), 0, 32, "strings a step; 0 is 8 v, as 1/v of its pairs are synonyms"),
@@ -100,7 +100,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(R, 1, width))
         self.register_buffer("var", torch.ones(R, 1, width))
-        self.batches = 0
+        self.register_buffer("batches", torch.zeros(R, 1, 1))
 
     def forward(self, h):
         if not self.training:
@@ -111,7 +111,7 @@ class BatchNorm(nn.Module):
 
         # a plain mean of the first batches, so that it is right from the first step on
         self.batches += 1
-        share = max(MOMENTUM, 1 / self.batches)
+        share = (1 / self.batches).clamp(min=MOMENTUM)      # (R, 1, 1)
         self.mean += share * (mean.detach() - self.mean)
         self.var += share * (var.detach() - self.var)
         return centred / (var + 1e-5).sqrt()
@@ -160,11 +160,11 @@ class Network(nn.Module):
         self.sizes = {"s": s, "d": d, "hidden": hidden, "heads": heads}
         self.layers = nn.ModuleList(Module(R, s, d, hidden, shape) for shape in heads)
 
-    def forward(self, x, detach="none", top=None):
+    def forward(self, x, detach="none"):
         """Strings (R, B, s^L) -> [log phi of every module], and the codes of every level from
-        the tokens on, each (R, B, s^(L-l), d). top: the last level wanted."""
+        the tokens on, each (R, B, s^(L-l), d)."""
         codes, log_phi = [F.one_hot(x.long(), self.sizes["d"]).float()], []
-        for module in self.layers[:top]:
+        for module in self.layers:
             below = codes[-1] if detach == "none" else codes[-1].detach()
             prediction, above = module(below, detach == "layers+clusterer")
             log_phi.append(prediction)
@@ -191,19 +191,6 @@ class Network(nn.Module):
         return alone.to(next(self.parameters()).device)
 
 
-def heads_of(target, elements, s, L):
-    """What each module predicts, (own positions, cousins, symbols of a cousin): it does not
-    know which child its tuple is, so that there is a prediction for each position."""
-    heads = []
-    for l in range(L - 1):
-        symbols = s ** (l + 1) if target == "token" else s
-        shape = (s, s - 1, symbols) if elements == "all" else (1, 1, 1)
-        if target == "joint":
-            shape = (*shape[:2], shape[2] + 1)
-        heads.append(shape)
-    return heads
-
-
 # ----------------------------------------------------------------------------------------
 # the losses; each is (R,) or (R, L-1), one number for every run
 
@@ -222,6 +209,18 @@ def goal(target, codes, l, s, elements):
     return known
 
 
+def heads_of(target, elements, s, L):
+    """What each module predicts, (own positions, cousins, symbols of a cousin): it does not
+    know which child its tuple is, so that there is a prediction for each position."""
+    # one string's codes of width 1: only the shape of the goal counts
+    codes = [torch.empty(1, 1, s ** (L - l), 1) for l in range(L)]
+    heads = []
+    for l in range(L - 1):
+        symbols = goal(target, codes, l, s, elements).shape[3]
+        heads.append((s, s - 1, symbols) if elements == "all" else (1, 1, symbols))
+    return heads
+
+
 def prediction_loss(log_phi, aim, s):
     """(R,) each: the mean cross-entropy to the cousins' goal, in nats, and the gain, the share
     of what can be known of them that phi knows, without gradient.
@@ -232,7 +231,7 @@ def prediction_loss(log_phi, aim, s):
     others = cousins(s, aim.device)[:I, :C]                # (I, C)
     seen = families[:, :, others]                          # (R, N/s, I, C, E, d)
 
-    # of the heads for all positions, a tuple uses those for its own
+    # the i-th tuple of a family uses the heads for position i; with one head, the first alone
     log_phi = log_phi.view(R, N // s, s, I, C, E, d)
     own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
     loss = -(seen * own).flatten(1).sum(1) / seen.shape[1:-1].numel()
@@ -306,10 +305,10 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     two codes that split one symbol can still merge."""
     n = codes.shape[-2]
     overlap = codes @ codes.mT                             # (..., n, n)
-    alike = alike.float()                                  # torch.where would be slow
+    alike = alike.float()
 
-    # overlap: the chance that two symbols drawn from the codes are the same
-    # chance: overlap + 0.01 for a like pair, 1.0001 - overlap for an unlike one; never 0
+    # overlap: the chance that two symbols drawn from the codes are the same; never 0 or 1 below.
+    # chance = torch.where(alike, overlap + 0.01, 1.0001 - overlap), but a third faster
     chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
@@ -319,39 +318,39 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     return loss
 
 
-def losses(student, wanted, draw, options):
+def losses(student, taught, draw, options):
     """(prediction, clustering), (R, L-1) each: the losses of every run and module.
-    wanted: the teacher's codes of the same strings; draw: what draws gives for a step."""
+    taught: the teacher's codes of the same strings; draw: what draws gives for a step."""
     strings, chosen, noise = draw
     run = torch.arange(len(strings), device=strings.device)[:, None]
-    log_phi, codes = student(strings, options.detach)
-    prediction, gain, phi, items = [], [], [], []
-    for l, guess in enumerate(log_phi):
-        aim = goal(options.target, wanted, l, student.sizes["s"], options.elements)
-        loss, gained = prediction_loss(guess, aim, student.sizes["s"])
+    outputs, codes = student(strings, options.detach)
+    prediction, gain, phi, chosen_codes = [], [], [], []
+    for l, log_phi in enumerate(outputs):
+        aim = goal(options.target, taught, l, student.sizes["s"], options.elements)
+        loss, gained = prediction_loss(log_phi, aim, student.sizes["s"])
         prediction.append(loss)
         gain.append(gained)
 
         # a few tuples of each string are enough for the clustering loss
-        some = guess.detach().flatten(2)[run, chosen[:, l]].exp()      # (R, n, heads d)
+        some = log_phi.detach().flatten(2)[run, chosen[:, l]].exp()    # (R, n, heads d)
         if options.target == "joint":
             # a cousin's parent tells more than its elements: they weigh as much together
-            elements = some.unflatten(-1, guess.shape[2:])[..., :-1, :]
-            elements /= elements.shape[-2]
+            elements = some.unflatten(-1, log_phi.shape[2:])[..., :-1, :]
+            elements /= elements.shape[-2]                 # in place, a view of some
         phi.append(some)
-        items.append(codes[l + 1].flatten(1, 2)[run, chosen[:, l]])    # (R, n, d)
+        chosen_codes.append(codes[l + 1].flatten(1, 2)[run, chosen[:, l]])     # (R, n, d)
 
-    # raw tokens are more the higher the module: zeros fill up what the lower ones lack
+    # a higher module predicts more raw tokens: zeros bring all phi to one width
     widest = phi[-1].shape[-1]
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
-    items = torch.stack(items, 1)                                      # (R, L-1, n, d)
+    chosen_codes = torch.stack(chosen_codes, 1)                        # (R, L-1, n, d)
     if options.alike == "groups":
         group = grouping(phi.flatten(0, 1), options.v, noise.flatten(0, 1))
         group = group.view(phi.shape[:3])                              # (R, L-1, n)
         alike = group[..., None] == group[..., None, :]
     else:
         alike = similar(phi, options.threshold, options.alike == "centred")
-    clustering = clustering_loss(items, alike, options.separation, options.sparsity)
+    clustering = clustering_loss(chosen_codes, alike, options.separation, options.sparsity)
     # first predict, then cluster
     if options.gate:
         clustering = clustering * (torch.stack(gain, 1) / options.gate).clamp(0, 1)
@@ -400,15 +399,12 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
     weights = list(student.parameters())
     # not fused: that one rounds the last few weights of a tensor in another way
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
-    top = {"token": 0, "latent": L - 2, "joint": L - 1}[target]    # the last level it teaches
 
     # a run that was killed goes on; ended: what has diverged, run -> (step, its weights)
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
     about = {"s": s, "depth": L, "seed": list(seeds), "device": device.type}
     checkpoint = Checkpoint(resume, parts, generators, xs, about | vars(options))
     done, ended = checkpoint.load()
-    for module in student.layers:
-        module.norm.batches = done
 
     random = draws(xs, s, L, options, generators, device)
     for step, draw in zip(range(done + 1, steps + 1), random):
@@ -417,8 +413,8 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
 
         # the teacher reads the same strings, and nothing flows back into it
         with torch.no_grad():
-            wanted = teacher(draw[0], top=top)[1]
-        prediction, clustering = losses(student, wanted, draw, options)
+            _, taught = teacher(draw[0])
+        prediction, clustering = losses(student, taught, draw, options)
         terms = torch.cat([prediction, clustering], 1)     # (R, 2 (L-1))
         loss = terms.sum(1)                                # (R,) one loss for every run
 
@@ -472,12 +468,14 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
     xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
     fresh strings; P may differ. settings: rows of SETTINGS, or preset. device: that of the
     strings, if not given.
-    watch(step, steps, network, prediction) is called after every step, with the Network of
-    the runs that train together and their prediction losses, (R, L-1). resume: a file,
-    written every minute and at the end; if it is there, the runs go on from it.
+    watch(step, steps, network, loss) is called after every step, with the Network of the runs
+    that train together and their prediction losses, (R, L-1). resume: a file, written every
+    minute and at the end; if it is there, the runs go on from it.
     A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
     xs, L, device = check_runs(xs, v, s, seeds, device)
     options = read_options(v, target, settings)
+    P = max((len(x) for x in xs if not isinstance(x, Grammar)), default=0)
+    check_size(v, s, 2, L, P, target, **settings)          # of anyone's strings m is not known
 
     # runs of equally many steps share one loop; Jacobian descent takes one run at a time
     together = {}
@@ -556,9 +554,7 @@ class Predictor:
     @torch.no_grad()
     def codes(self, x):
         """Strings (P, s^L) -> the soft codes of levels 1..L-1, (P, s^(L-l), d)."""
-        x, L = as_strings(x, self.v, self.s)
-        if L != self.L:
-            raise ValueError(f"x: must have {self.s**self.L} tokens a string, not {x.shape[1]}")
+        x, L = as_strings(x, self.v, self.s, self.L)
         x = x.to(next(self.network.parameters()).device)
         # phi is largest on level 0, where a string has s^(L-1) tuples
         sizes, T = self.network.sizes, self.s**L
@@ -600,8 +596,9 @@ def score(learned, levels, truth):
 
     levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
     codes; a symbol in use is that of 1 in 1000 tuples. The root is read from the final code by
-    the paper's linear probe, trained on levels. below: what that probe reads on level L-1, of
-    one node (fig. 3 right). Where d_h >= v m, tuples that were never merged are enough."""
+    the paper's linear probe, trained on levels. below: the accuracy of that probe on level L-1,
+    node by node (fig. 3 right). With v m codes or more it can be 1 though no synonyms share one:
+    the probe itself learns each tuple's parent."""
     right, in_use, v = [], [], learned.v
     known, codes = learned.codes(levels[0])[-1], learned.codes(truth[0])
     for code, symbols in zip(codes, truth[1:]):
@@ -674,7 +671,7 @@ def main():
     columns = [f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction")]
     bar, trace = tqdm(unit="step"), None
 
-    def watch(step, steps, network, prediction):
+    def watch(step, steps, network, loss):
         nonlocal trace
         trace = trace or open_trace(args.trace, ["step", *columns, "v", "m", "P"], step)
         bar.total = steps
@@ -682,7 +679,7 @@ def main():
         if step % max(1, steps // options.probes) == 0 or step == steps:
             labels = Predictor(network.run(0), v, args.target).label(truth[0][:256])
             right = [accuracy(labels[l], truth[l][:256], v) for l in range(1, L)]
-            pairs = [f"{a:.6f},{loss:.6f}" for a, loss in zip(right, prediction[0].tolist())]
+            pairs = [f"{a:.6f},{b:.6f}" for a, b in zip(right, loss[0].tolist())]
             print(step, *pairs, v, m, P, sep=",", file=trace, flush=True)
             bar.set_postfix_str("accuracy by level " + " ".join(f"{a:.2f}" for a in right))
 

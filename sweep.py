@@ -83,7 +83,7 @@ class Learner(NamedTuple):
     # (v, s, m, L, P, target, **settings): raises ValueError if that can't work
     check_size: Callable = lambda *sizes, **settings: None
     first: Callable = lambda v, s, m: v * m  # P of the lowest rung, to be rounded down
-    sees: Callable = None       # (v, settings) -> strings seen in all its steps, if they end
+    sees: Callable = None       # (v, options) -> strings seen in all its steps, if they end
     seconds: float = 0.1        # a guess at a run on one core, for each token of a string
     side: int = 1               # runs in one call, at most: networks train them side by side
     seeds: int = 5              # by default
@@ -100,11 +100,11 @@ LEARNERS = {
     # a network's cell begins with three rungs of its three seeds
     "predictor": ours(
         predictor, first=lambda v, s, m: v * m**2, seconds=0.45, side=9, seeds=3,
-        sees=lambda v, settings: settings.steps * (settings.batch or 8 * v),
+        sees=lambda v, options: options.steps * (options.batch or 8 * v),
     ),
     "data2vec": ours(
         data2vec, first=lambda v, s, m: v * m**3, seconds=2.3, side=9, seeds=3,
-        sees=lambda v, settings: settings.steps * settings.batch,
+        sees=lambda v, options: options.steps * options.batch,
     ),
 }
 # the rows of the first table, and the depths at which they are run unless asked for. At L = 2
@@ -120,8 +120,8 @@ LAW = {"latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m"
 
 
 # a method's name, taken apart: its one spelling, the Learner and its key in LEARNERS, the target,
-# {setting: value} as the name gives them, and an object with all settings
-Method = namedtuple("Method", "name key learner target given settings")
+# the settings that it changes, {name: text}, and an object with all
+Method = namedtuple("Method", "name key learner target settings options")
 
 
 @lru_cache(maxsize=None)
@@ -135,18 +135,18 @@ def read_method(text):
         near = difflib.get_close_matches(words, [*LEARNERS, *known], 3) or known
         raise ValueError(f"methods: no learner {words[:60]!r}; there is {', '.join(near)}")
 
-    given = {}
+    settings = {}
     for change in changes:
         setting, equals, value = change.partition("=")
         setting = setting.replace("-", "_")
-        if not equals or setting in given:
+        if not equals or setting in settings:
             raise ValueError("methods: settings are written :name=value, each once")
-        given[setting] = value
+        settings[setting] = value
     learner = LEARNERS[key]
     usual = next(iter(learner.presets))
-    preset = given.get("preset", usual)
+    preset = settings.get("preset", usual)
     try:
-        settings = read_settings(learner.settings, learner.presets, given)
+        options = read_settings(learner.settings, learner.presets, settings)
         base = read_settings(learner.settings, learner.presets, {"preset": preset})
     except ValueError as error:
         raise ValueError(f"methods: {words}: {error}") from None
@@ -155,10 +155,10 @@ def read_method(text):
     name = key if target == "latent" else f"{key}-{target}"
     if preset != usual:
         name += f":preset={preset}"
-    for setting, value in vars(settings).items():
+    for setting, value in vars(options).items():
         if value != getattr(base, setting):
             name += f":{setting}={value}"
-    return Method(name, key, learner, target, given, settings)
+    return Method(name, key, learner, target, settings, options)
 
 
 # ----------------------------------------------------------------------------------------
@@ -187,13 +187,13 @@ def last_rung(cell, max_samples):
     method = read_method(cell.method)
     learner = method.learner
     highest, reason = 2**40, "beyond Pmax"
-    online = getattr(method.settings, "online", False)  # then the steps follow from P
+    online = getattr(method.options, "online", False)  # then the steps follow from P
     if learner.sees and not online:
-        highest, reason = learner.sees(cell.v, method.settings) // PASSES, "limited by steps"
+        highest, reason = learner.sees(cell.v, method.options) // PASSES, "limited by steps"
     P = first_rung(cell)
     while P <= highest:
         try:
-            learner.check_size(*cell[1:5], P, method.target, **method.given)
+            learner.check_size(*cell[1:5], P, method.target, **method.settings)
         except ValueError:
             return P // RUNG, "limited by memory"
         if P > max_samples:
@@ -433,7 +433,7 @@ def run_batch(cell, batch, device):
     grammars = [Grammar.random(*cell[1:5], seed, cell.zipf) for seed in seeds]
     start = time.perf_counter()
     scores = method.learner.recover(
-        grammars, samples, seeds, target=method.target, device=device, **method.given
+        grammars, samples, seeds, target=method.target, device=device, **method.settings
     )
     # every run has its share of the batch's time
     seconds = (time.perf_counter() - start) / len(batch)
@@ -793,7 +793,7 @@ def cells_from_flags(args):
         method = read_method(name)
         check_sizes(*cell[1:5])             # names the flag
         try:
-            method.learner.check_size(*cell[1:5], 1, method.target, **method.given)
+            method.learner.check_size(*cell[1:5], 1, method.target, **method.settings)
         except ValueError as error:         # may name a setting
             raise ValueError(f"methods: {name}: {error}") from None
         # a ladder without a rung would be missing from the table in silence

@@ -1259,14 +1259,14 @@ def test_mask_of_several_levels_gives_every_string_one_of_them():
 
 
 def test_the_student_does_not_see_what_is_hidden_and_the_teacher_sees_all(monkeypatch):
-    seen, build = [], data2vec.build
+    seen, build = [], data2vec.ENCODERS["tree"]
 
     def watched(*arguments):
         encoder = build(*arguments)
         encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         return encoder
 
-    monkeypatch.setattr(data2vec, "build", watched)
+    monkeypatch.setitem(data2vec.ENCODERS, "tree", watched)
     _, xs = drawn(2)
     data2vec.fit_many(xs, 4, 2, "latent", [0, 1], **TINY["tree"])
     steps = data2vec.batches(xs, 3, 2, [0, 1], streams([0, 1]), options(**TINY["tree"]))
@@ -1283,7 +1283,7 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
     settings = options(**{**TINY[preset], "dropout": 0.0, "top": 2})
     _, xs = drawn(3)
     losses, v = [], 4
-    data2vec.fit_many(xs, v, 2, target, [4, 5, 6], lambda step, loss, teacher: losses.append(loss), **vars(settings))
+    data2vec.fit_many(xs, v, 2, target, [4, 5, 6], lambda step, steps, network, loss: losses.append(loss), **vars(settings))
     x, hidden = next(data2vec.batches(xs, 3, 2, [4, 5, 6], streams([4, 5, 6]), settings))
 
     def standard(h):
@@ -1295,7 +1295,7 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
 
     for r, seed in enumerate((4, 5, 6)):
         start = [data2vec.stream(seed, 0)]
-        encoder = data2vec.initialise(data2vec.build(1, v, 2, 3, settings), start)
+        encoder = data2vec.initialise(data2vec.ENCODERS[preset](1, v, 2, 3, settings), start)
         sizes = [8] if target == "token" else [16] * (1 if target == "latent" else 2)  # 4 tokens, in a multiple of 8
         heads = [data2vec.initialise(data2vec.Linear(1, 16, size), start) for size in sizes]
         maps = [[data2vec.pool(h, 8)[0] for h in encoder(tokens[r : r + 1])[-2:]]
@@ -1349,7 +1349,7 @@ def test_teacher_is_the_closed_form_average_without_gradient(preset, monkeypatch
         students.append([w.detach().clone() for w in student.parameters()])
         follow(teacher, student, ema)
 
-    def watch(step, loss, teacher):
+    def watch(step, steps, teacher, loss):
         assert all(not w.requires_grad and w.grad is None for w in teacher.parameters())
 
     monkeypatch.setattr(data2vec, "follow", recorded)
@@ -1705,7 +1705,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys):
 def test_bfloat16_and_compile_are_options_that_are_refused_where_they_fail(monkeypatch):
     g, losses = Grammar.random(4, 2, 2, 3, 0), []
     for half in (False, True):
-        watch = lambda step, loss, teacher: losses.append(loss.item())  # noqa: E731
+        watch = lambda step, steps, network, loss: losses.append(loss.item())  # noqa: E731
         data2vec.fit(g, 4, 2, "latent", 0, watch, **TINY["tree"], bfloat16=half)
     assert np.allclose(losses[:3], losses[3:], rtol=0.02) and losses[:3] != losses[3:]
 
@@ -1838,7 +1838,7 @@ def test_cuda_trains_data2vec(preset, target, tmp_path):
     g, losses = Grammar.random(8, 2, 3, 3, 0), []
     settings = {**TINY[preset], "steps": 60, "batch": 64}
     run = lambda **more: data2vec.fit(g, 8, 2, target, 0, **more, device="cuda", **settings)  # noqa: E731
-    model = run(watch=lambda step, loss, teacher: losses.append(loss.item()), resume=tmp_path / "run")
+    model = run(watch=lambda step, steps, network, loss: losses.append(loss.item()), resume=tmp_path / "run")
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     for again in (run(), run(resume=tmp_path / "run")):
         assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(weights(model), weights(again)))
@@ -1925,7 +1925,7 @@ def test_methods_have_one_spelling():
         ("data2vec:mask-block=top", "data2vec:mask_block=top"),
     ]:
         assert sweep.read_method(text).name == name == sweep.read_method(name).name
-    assert sweep.read_method("predictor-token:steps=3200").settings.steps == 3200
+    assert sweep.read_method("predictor-token:steps=3200").options.steps == 3200
     for text, hint in [("clutser", "cluster"), ("cluster-leaf", "cluster-"), ("predictor:step=3", "steps"),
                        ("predictor:steps=x", "steps"), ("predictor:steps", "name=value"), ("", "cluster"),
                        ("predictor:steps=4:steps=5", "once"), ("predictor:ema=2", "ema")]:
