@@ -286,7 +286,7 @@ def draw_mask(B, L, s, rate, block, random):
 
 
 def smooth_l1(prediction, goal):
-    """Two (R, B, n, d) -> (R, B, n), the mean over features."""
+    """Two (R, B, T, d) -> (R, B, T), the mean over features."""
     return F.smooth_l1_loss(prediction, goal, reduction="none", beta=SMOOTH_L1_BETA).mean(-1)
 
 
@@ -297,17 +297,15 @@ def cross_entropy(scores, tokens):
 
 
 def goal(target, x, maps):
-    """What is the target? One goal for each head: tokens (R, B, T), or features (R, B, n, d).
+    """What is the target? One goal for each head: tokens (R, B, T), or features (R, B, T, d).
 
     x: whole strings, (R, B, T); maps: the teacher's top K maps of them, if the target needs any."""
     if target == "token":
         return [x]
-    if target == "stacked":
-        return maps                                             # each (R, B, n, d)
     maps = [pool(h, x.shape[2]) for h in maps]                  # each (R, B, T, d)
-    if target == "several":
-        return maps
-    return [sum(maps) / len(maps)]                              # latent
+    if target == "latent":
+        return [sum(maps) / len(maps)]
+    return maps                                                 # stacked, several
 
 
 class Network(nn.Module):
@@ -326,9 +324,10 @@ class Network(nn.Module):
     def predict(self, x, hidden):
         """What every head predicts from x, (R, B, T), whose hidden tokens are not seen."""
         maps = self.encoder(x.masked_fill(hidden, self.v))
-        sources = maps[-1:] * len(self.heads)
+        sources = maps[-1:] * len(self.heads)                   # each (R, B, T, d)
         if self.target == "stacked":
-            sources = maps[-self.K :]  # each head has a map of its own
+            # each head has a map of its own
+            sources = [pool(h, x.shape[2]) for h in maps[-self.K :]]
         return [head(h) for head, h in zip(self.heads, sources)]
 
     def forward(self, x, hidden, goals, count):
@@ -338,9 +337,7 @@ class Network(nn.Module):
             if self.target == "token":
                 error = cross_entropy(prediction[..., : self.v], aim)   # (R, B, T)
             else:
-                error = smooth_l1(prediction, aim)                      # (R, B, n)
-                # if n < T, the error of a node counts at all of its tokens
-                error = pool(error[..., None], x.shape[2])[..., 0]      # (R, B, T)
+                error = smooth_l1(prediction, aim)                      # (R, B, T)
             loss = loss + (error * hidden).sum((1, 2)) / count
         return loss
 
