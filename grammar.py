@@ -509,8 +509,10 @@ def whole_numbers(name, x, v=None):
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name}: must hold whole numbers, in rows of one length") from None
     if v is not None and x.numel() > 0:
-        if int(x.min()) < 0 or int(x.max()) >= v:
-            raise ValueError(f"{name}: must hold symbols 0..{v - 1}")
+        low, high = int(x.min()), int(x.max())
+        if low < 0 or high >= v:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name}: must hold symbols 0..{v - 1}, not {wrong}")
     return x
 
 
