@@ -631,13 +631,13 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
 
     scores = []
     for grammar, levels, seed, run, before in zip(grammars, known, seeds, learned, untrained):
-        if run.diverged:
-            scores.append(Score([0.0] * run.L, [True] * run.L, None, run.diverged))
-            continue
         truth = grammar.sample(tested, (seed, 1), device)
         right, in_use, _ = score(run, levels, truth)
-        floor = score(before, levels, truth)[0]
-        scores.append(Score(right, [n < v for n in in_use], floor))
+        floor, _, _ = score(before, levels, truth)
+        collapsed = [n < v for n in in_use]
+        if run.diverged:
+            right, collapsed = [0.0] * run.L, [False] * run.L
+        scores.append(Score(right, collapsed, floor, run.diverged))
     return scores
 
 

@@ -1,5 +1,6 @@
 """
-Everything against an oracle: brute force, a closed form, or the population limit computed from the rules.
+Everything against an oracle: brute force, a closed form, or the population limit computed from
+the rules.
 
     python -m pytest test_all.py
 """
@@ -17,6 +18,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +37,69 @@ import sweep
 from grammar import Grammar, accuracy, linear_probe, tuple_codes
 
 HERE = Path(__file__).parent
-SIZES = [(8, 2, 4, 3), (5, 3, 7, 3), (3, 2, 3, 4), (256, 4, 5, 2), (256, 2, 256, 2)]  # v s m L, f = 1 among them
 torch.set_num_threads(1)
+
+
+def samples_of(n, v=4):
+    """Strings of n grammars, no two samples of one size; those from the sixth on are larger."""
+    sizes = [50 + r + 30 * (r > 4) for r in range(n)]
+    return [Grammar.random(v, 2, 3, 3, r).sample(P, r)[0] for r, P in enumerate(sizes)]
+
+
+@contextmanager
+def refused(start):
+    """A ValueError of one line that begins like this."""
+    with pytest.raises(ValueError, match=f"^{start}") as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+def as_likely(counts, p):
+    """Are counts within five standard deviations of what the probabilities p give?"""
+    n = counts.sum()
+    return bool(((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1e-9).all())
+
+
+def failing(error):
+    """A function that does nothing but raise this."""
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call("grammar", "--depth 3") runs a script in an empty folder: (exit code, out, err)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(flags)])
+        module, code = sys.modules[script], 0
+        try:
+            if script == "plot":  # which needs nothing of ours but files
+                module.main()
+            else:
+                grammar.run_script(module.main)
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
 
 
 # ----------------------------------------------------------------------------------------
 # grammar.py
+
+
+# v, s, m, L; all tuples are in use in two of them
+SIZES = [(8, 2, 4, 3), (5, 3, 7, 3), (3, 2, 3, 4), (256, 4, 5, 2), (256, 2, 256, 2)]
+uniform_and_zipf = pytest.mark.parametrize("zipf", [0, 1.0])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -54,17 +115,23 @@ def test_rules_are_distinct_and_complete(size):
 
 def test_rules_are_uniform_over_tuples():
     # v m = 3 of v^s = 9 tuples, in every order: each is a rule of symbol 0 with chance 1/9
-    used = torch.zeros(9)
-    for seed in range(2000):
-        a, b = Grammar.random(3, 2, 1, 2, seed).rules[0][0, 0].tolist()
-        used[3 * a + b] += 1
-    assert (used - 2000 / 9).abs().max() < 5 * (2000 / 9) ** 0.5
+    rules = [Grammar.random(3, 2, 1, 2, seed).rules[0][0, 0] for seed in range(2000)]
+    used = torch.bincount(tuple_codes(torch.stack(rules), 3), minlength=9)
+    assert as_likely(used, torch.full((9,), 1 / 9))
 
 
-GOOD_RULES = [[[[0, 0], [0, 1]], [[1, 0], [1, 1]]]] * 2  # v = s = m = L = 2
+GOOD_RULES = [[[[0, 0], [0, 1]], [[1, 0], [1, 1]]]] * 2
+GOOD = dict(v=2, s=2, m=2, L=2, rules=GOOD_RULES)
 
 
-@pytest.mark.parametrize("change, named", [
+def test_a_grammar_owns_its_rules():
+    rules = torch.tensor(GOOD_RULES, dtype=torch.uint8)
+    g = Grammar(2, 2, 2, 2, rules)
+    rules[:] = 0
+    assert [rule.tolist() for rule in g.rules] == GOOD_RULES
+
+
+@pytest.mark.parametrize("change, start", [
     ({"v": 1}, "v: "), ({"v": 257}, "v: "), ({"v": 2.0}, "v: "), ({"v": "2"}, "v: "),
     ({"s": 1}, "s: "), ({"s": 2**31}, "s: "), ({"v": 256, "s": 8}, "s: "),
     ({"m": 3}, "m: "), ({"m": 0}, "m: "), ({"m": True}, "m: "), ({"m": 10**5000}, "m: "),
@@ -78,19 +145,10 @@ GOOD_RULES = [[[[0, 0], [0, 1]], [[1, 0], [1, 1]]]] * 2  # v = s = m = L = 2
     ({"rules": [GOOD_RULES[0], [[[0, 0], [0, 1]], [[1, 0], [0, 0]]]]}, "rules: level 1"),
     ({"zipf": -1}, "zipf: "), ({"zipf": math.nan}, "zipf: "), ({"zipf": "1"}, "zipf: "),
 ])
-def test_a_grammar_that_fits_nothing_is_refused(change, named):
-    good = dict(v=2, s=2, m=2, L=2, rules=GOOD_RULES)
-    assert Grammar(**good).rules[1].tolist() == GOOD_RULES[1]
-    with pytest.raises(ValueError, match="^" + named) as error:
-        Grammar(**(good | change))
-    assert "\n" not in str(error.value)
-
-
-def test_a_grammar_owns_its_rules():
-    rules = torch.tensor(GOOD_RULES, dtype=torch.uint8)
-    g = Grammar(2, 2, 2, 2, rules)
-    rules[:] = 0
-    assert g.rules[0].tolist() == GOOD_RULES[0]
+def test_a_grammar_that_fits_nothing_is_refused(change, start):
+    assert Grammar(**GOOD).rules[1].tolist() == GOOD_RULES[1]
+    with refused(start):
+        Grammar(**(GOOD | change))
 
 
 @pytest.mark.parametrize("zipf", [0.0, 1.5])
@@ -98,8 +156,7 @@ def test_a_grammar_owns_its_rules():
 def test_parse_inverts_sample(size, zipf):
     g = Grammar.random(*size, seed=2, zipf=zipf)
     levels = g.sample(3000, seed=3)
-    shapes = [(3000, g.s ** (g.L - l)) for l in range(g.L + 1)]
-    assert [h.shape for h in levels] == shapes
+    assert [h.shape for h in levels] == [(3000, g.s ** (g.L - l)) for l in range(g.L + 1)]
     assert all(h.dtype == torch.uint8 for h in levels)
     assert all(map(torch.equal, g.parse(levels[0]), levels))
     assert not torch.equal(g.sample(3000, seed=4)[0], levels[0])
@@ -116,44 +173,33 @@ def test_samples_are_nested(monkeypatch):
 
 @pytest.mark.parametrize("m, zipf", [(1, 0), (2, 0), (3, 0), (4, 0), (11, 0), (128, 0), (3, 1.0)])
 def test_every_rule_has_its_share(m, zipf):
-    v, P = 128, 60000
-    g = Grammar.random(v, 2, m, 2, seed=0, zipf=zipf)
-    levels = g.sample(P, seed=1)
-    code = tuple_codes(levels[1], v)  # of the one level-1 tuple
-    used = (tuple_codes(g.rules[1], v).flatten()[None] == code[:2000, None]).sum(0)
-    assert used.sum() == 2000
-    # which rule each symbol picked, over both levels
+    g = Grammar.random(128, 2, m, 2, seed=0, zipf=zipf)
+    levels = g.sample(4000, seed=1)
+    p = (torch.arange(m).double() + 1) ** -zipf
+    p = p / p.sum()
+    assert torch.allclose(p, g.p)
     for l in (1, 2):
+        # which rule each symbol of the level picked
         tuples = levels[l - 1].unflatten(1, (-1, 2))[:, :, None]    # (P, n, 1, 2)
-        small = slice(0, 4000)
-        rules = g.rules[l - 1][levels[l][small].long()]             # (P, n, m, 2)
-        picked = (rules == tuples[small]).all(3).flatten(0, 1).double().sum(0)
-        n = picked.sum()
-        p = (torch.arange(m).double() + 1) ** -zipf
-        p = p / p.sum()
-        assert torch.allclose(p, g.p)
-        assert ((picked - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1e-9).all()
+        rules = g.rules[l - 1][levels[l].long()]                    # (P, n, m, 2)
+        picked = (rules == tuples).all(3).flatten(0, 1).double().sum(0)
+        assert picked.sum() == levels[l].numel() and as_likely(picked, p)
 
 
-def test_without_a_rule():
+@pytest.mark.parametrize("l", [1, 2, 3])
+def test_without_a_rule(l):
     g = Grammar.random(4, 2, 3, 3, seed=0)
-    levels, other = g.sample(2000, 5), g.sample(2000, 5, without=2)
-    assert all(map(torch.equal, levels[2:], other[2:]))  # the same draws above
-    left_out, instead = g.rules[1][:, 0], g.rules[1][:, 1]
-    tuples, theirs = (h[1].unflatten(1, (-1, 2)) for h in (levels, other))
-    absent = (tuples == left_out[levels[2].long()]).all(2)
+    levels, other = g.sample(2000, 5), g.sample(2000, 5, without=l)
+    assert equal(levels[l:], other[l:]) and equal(g.parse(other[0]), other)
+    left_out, instead = (g.rules[l - 1][levels[l].long(), rule] for rule in (0, 1))
+    tuples, theirs = (h[l - 1].unflatten(1, (-1, 2)) for h in (levels, other))
+    absent = (tuples == left_out).all(2)
     assert absent.any() and torch.equal(theirs[~absent], tuples[~absent])
-    assert torch.equal(theirs[absent], instead[levels[2].long()][absent])
-    assert all(map(torch.equal, g.parse(other[0]), other))
-    for wrong in [0, 4, 0.5, (1, 0)]:
-        with pytest.raises(ValueError, match="^without"):
-            g.sample(5, without=wrong)
-    with pytest.raises(ValueError, match="^m: "):
-        Grammar.random(4, 2, 1, 2).sample(5, without=1)
+    assert torch.equal(theirs[absent], instead[absent])
 
 
 def strings_with_a_wrong_tuple():
-    """A grammar and five of its strings, of which no rule explains tokens 4 and 5 of string 3."""
+    """A grammar and five of its strings, of which no rule explains tokens 4, 5 of string 3."""
     g = Grammar.random(4, 2, 2, 3, seed=0)
     x = g.sample(5, 0)[0].clone()
     valid = set(map(tuple, g.rules[0].reshape(-1, 2).tolist()))
@@ -164,29 +210,32 @@ def strings_with_a_wrong_tuple():
 
 def test_parse_names_what_it_cannot_explain():
     g, x = strings_with_a_wrong_tuple()
-    with pytest.raises(ValueError, match="string 3, level 0, position 4"):
+    with refused("x: string 3, level 0, position 4"):
         g.parse(x)
     x[2, 1] = 4
-    with pytest.raises(ValueError, match="^x: must hold symbols 0..3"):
-        g.parse(x)
-    with pytest.raises(ValueError, match="shape"):
-        g.parse(x[:2, :7])
-    with pytest.raises(ValueError, match="whole"):
-        g.parse(x.float())
+    for wrong, reason in [(x, "must hold symbols 0..3"), (x[:2, :7], "the shape must be"),
+                          (x.float(), "must hold whole numbers")]:
+        with refused(f"x: {reason}"):
+            g.parse(wrong)
 
 
 def test_requests_that_cannot_be_met():
     g = Grammar.random(4, 2, 2, 3, seed=0)
     levels = g.sample(5)
-    for named, call in [
+    for named, request in [
         ("samples", lambda: g.sample(0)), ("samples", lambda: g.sample(2.5)),
         ("samples", lambda: g.sample(2**31 - 1)), ("seed", lambda: g.sample(1, -1)),
         ("seed", lambda: g.sample(1, 0.5)), ("seed", lambda: Grammar.random(4, 2, 2, 3, "a")),
-        ("l", lambda: g.swap(levels, 0, "generic")), ("kind", lambda: g.swap(levels, 1, "x")),
+        *(("without", partial(g.sample, 5, without=wrong)) for wrong in (0, 4, 0.5, (1, 0))),
+        ("m", lambda: Grammar.random(4, 2, 1, 2).sample(5, without=1)),
+        ("l", lambda: g.swap(levels, 0, "generic")), ("l", lambda: g.swap(levels, 4, "generic")),
+        ("kind", lambda: g.swap(levels, 1, "x")),
+        ("m", lambda: Grammar.random(8, 3, 1, 3).swap(levels, 1, "synonym")),
         ("table", lambda: grammar.best_matching([[1.0, math.nan]])),
         ("table", lambda: grammar.best_matching([[1.0, math.inf]])),
         ("estimate", lambda: accuracy(levels[0].float(), levels[0], 4)),
         ("estimate", lambda: accuracy(levels[0].long() + 2**40, levels[0], 4)),
+        ("estimate: must have the shape", lambda: accuracy(levels[0][:1], levels[0], 4)),
         ("truth", lambda: accuracy(levels[0], levels[0], 2)),
         ("x", lambda: grammar.as_strings([[0, 1, 2], [0]], 4, 2)),
         ("x", lambda: grammar.as_strings([[0, 1, 2, 300]], 256, 2)),
@@ -194,61 +243,60 @@ def test_requests_that_cannot_be_met():
         ("s", lambda: grammar.as_strings(levels[0], 4, 1)),
         ("s", lambda: grammar.as_strings(levels[0], 256, 8)),
     ]:
-        with pytest.raises(ValueError, match=f"^{named}: "):
-            call()
+        with refused(named if ":" in named else f"{named}: "):
+            request()
 
 
 @pytest.mark.parametrize("size", [(8, 2, 4, 4), (6, 3, 20, 3)])
-@pytest.mark.parametrize("zipf", [0, 1.0])
+@uniform_and_zipf
 def test_marginals_match_the_population(size, zipf):
-    g, P = Grammar.random(*size, seed=5, zipf=zipf), 40000
-    levels = g.sample(P, seed=6)
-    for l, h in enumerate(levels):
+    g = Grammar.random(*size, seed=5, zipf=zipf)
+    for l, h in enumerate(g.sample(40000, seed=6)):
         for n in range(h.shape[1]):
-            p = g.marginal(l, n).numpy()
-            seen = np.bincount(h[:, n], minlength=g.v) / P
-            assert np.all(np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / P) + 1e-12)
+            assert as_likely(torch.bincount(h[:, n], minlength=g.v), g.marginal(l, n))
 
 
 def every_string(g):
-    """All derivations of a tiny grammar, level by level as in sample, and how likely each
-    is."""
+    """All derivations of a tiny grammar, level by level as in sample, and how likely each is."""
     levels = [torch.arange(g.v)[:, None]]
     chance = torch.full((g.v,), 1 / g.v, dtype=torch.float64)
     for rules in reversed(g.rules):
         h = levels[0]
-        picks = list(itertools.product(range(g.m), repeat=h.shape[1]))
-        picks = torch.tensor(picks)
+        picks = torch.tensor(list(itertools.product(range(g.m), repeat=h.shape[1])))
         levels = [a.repeat_interleave(len(picks), 0) for a in levels]
         chance = chance.repeat_interleave(len(picks)) * g.p[picks].prod(1).repeat(len(h))
-        levels.insert(0, rules.long()[levels[0], picks.repeat(len(h), 1)].flatten(1))
+        below = rules.long()[levels[0], picks.repeat(len(h), 1)]
+        levels.insert(0, below.flatten(1))
     return levels, chance
 
 
-PAIRS = [(0, 0, 0, 2), (0, 0, 0, 3), (0, 1, 0, 0), (0, 3, 0, 4), (0, 2, 0, 0), (1, 0, 1, 2),
-         (1, 0, 0, 5), (1, 1, 0, 0), (0, 2, 3, 0), (1, 1, 3, 0), (0, 1, 2, 0), (0, 0, 2, 1)]
-
-
-@pytest.mark.parametrize("zipf", [0, 1.0])
-def test_context_equals_brute_force_and_synonyms_share_it(zipf):
-    g = Grammar.random(3, 2, 2, 3, seed=1, zipf=zipf)
+@pytest.mark.parametrize("size", [(3, 2, 2, 3), (2, 3, 3, 2)])
+@uniform_and_zipf
+def test_context_and_marginal_equal_brute_force_and_synonyms_share_them(size, zipf):
+    g = Grammar.random(*size, seed=1, zipf=zipf)
     levels, chance = every_string(g)
-    for l, t, target_level, n in PAIRS:
-        tuples = levels[l].unflatten(1, (-1, g.s))[:, t]
-        target = F.one_hot(levels[target_level][:, n], g.v).double() * chance[:, None]
-        for a in range(g.v):
-            for rule in g.rules[l][a]:  # every tuple on its own: the m synonyms must agree
-                seen = target[(tuples == rule).all(1)].sum(0)
-                seen = seen / seen.sum().clamp(min=1e-300)
-                assert torch.allclose(seen, g.context(l, t, target_level, n)[a])
-    with pytest.raises(ValueError, match="within"):
-        g.context(1, 0, 0, 3)
+    nodes = [(l, n) for l, h in enumerate(levels) for n in range(h.shape[1])]
+    for level, n in nodes:
+        target = F.one_hot(levels[level][:, n], g.v).double() * chance[:, None]
+        assert torch.allclose(target.sum(0), g.marginal(level, n))
+        for l, t in [(above - 1, node) for above, node in nodes if above > 0]:
+            if level <= l and n // g.s ** (l + 1 - level) == t:
+                with refused(f"n: node {n} lies within tuple {t} of level {l}"):
+                    g.context(l, t, level, n)
+                continue
+            context = g.context(l, t, level, n)
+            tuples = levels[l].unflatten(1, (-1, g.s))[:, t]
+            # every tuple on its own: the synonyms must agree
+            for a, rule in itertools.product(range(g.v), range(g.m)):
+                seen = target[(tuples == g.rules[l][a, rule]).all(1)].sum(0)
+                assert torch.allclose(seen / seen.sum().clamp(min=1e-300), context[a])
 
 
-@pytest.mark.parametrize("target", ["latent", "token", "root"])
-def test_empirical_contexts_converge_at_the_root_rate(target):
+@pytest.mark.parametrize("target, target_level, n", [
+    ("latent", 1, 2), ("token", 0, 4), ("root", 3, 0),
+])
+def test_empirical_contexts_converge_at_the_root_rate(target, target_level, n):
     g = Grammar.random(8, 2, 3, 3, seed=7)
-    target_level, n = {"latent": (1, 2), "token": (0, 4), "root": (3, 0)}[target]
     parent = g.context(1, 0, target_level, n)
     error = []
     for P in (2000, 32000):
@@ -263,48 +311,48 @@ def test_empirical_contexts_converge_at_the_root_rate(target):
     assert 0.6 < error[1] / error[0] < 1.6  # sixteen times the samples, a quarter of it
 
 
-@pytest.mark.parametrize("zipf", [0, 1.0])
+@uniform_and_zipf
 def test_contrast_is_the_spread_of_contexts(zipf):
     # m = v, so that every symbol stands everywhere and no context is missing
     g = Grammar.random(4, 2, 4, 3, seed=3, zipf=zipf)
     found = g.contrast()
-    a, b = torch.triu_indices(4, 4, 1)
+
+    def distances(phi):
+        a, b = torch.triu_indices(4, 4, 1)
+        return (phi[a] - phi[b]).square().sum(1)
+
     for l in range(2):
-        grandparents = range(2 ** (g.L - l - 2))
         squares = {"latent": [], "token": [], "root": [], "joint": []}
-        for i in range(2):
-            cousin = 1 - i
-            targets = {"latent": (l, range(2)), "token": (0, range(2 ** (l + 1))),
-                       "joint": (l + 1, range(1))}
-            for name, (level, inside) in targets.items():
-                for e in inside:
-                    joint = 0
-                    for G in grandparents:  # pooled, each weighed by how likely it is
-                        t, n = 2 * G + i, (2 * G + cousin) * len(inside) + e
-                        p = g.marginal(l + 1, t)[:, None]
-                        joint = joint + p * g.context(l, t, level, n)
-                    phi = joint / joint.sum(1, keepdim=True)
-                    squares[name].append((phi[a] - phi[b]).square().sum(1))
+        # of each target: its level, and how many there are in a cousin
+        targets = {"latent": (l, 2), "token": (0, 2 ** (l + 1)), "joint": (l + 1, 1)}
+        for i, (name, (level, inside)) in itertools.product(range(2), targets.items()):
+            for e in range(inside):
+                joint = 0
+                # pooled over grandparents, each weighed by how likely it is
+                for grandparent in range(2 ** (g.L - l - 2)):
+                    t = 2 * grandparent + i
+                    n = (2 * grandparent + 1 - i) * inside + e
+                    p = g.marginal(l + 1, t)[:, None]
+                    joint = joint + p * g.context(l, t, level, n)
+                squares[name].append(distances(joint / joint.sum(1, keepdim=True)))
         for t in range(2 ** (g.L - l - 1)):
-            phi = g.context(l, t, g.L, 0)
-            squares["root"].append((phi[a] - phi[b]).square().sum(1))
+            squares["root"].append(distances(g.context(l, t, g.L, 0)))
         for name, values in squares.items():
             rms = torch.stack(values).mean().sqrt().item()
             assert found[name][l] == pytest.approx(rms, rel=1e-6), (name, l)
 
 
 @pytest.mark.parametrize("size", [(3, 2, 2, 3), (3, 2, 3, 2), (2, 3, 3, 2)])
-@pytest.mark.parametrize("zipf", [0, 1.5])
+@uniform_and_zipf
 def test_posterior_equals_enumeration(size, zipf):
     g = Grammar.random(*size, seed=1, zipf=zipf)
     levels, chance = every_string(g)
-    rng = np.random.default_rng(0)
     x = g.sample(12, 1)[0].long()
-    visible = torch.from_numpy(rng.random(x.shape) < 0.5)
+    visible = torch.from_numpy(np.random.default_rng(0).random(x.shape) < 0.5)
     visible[0], visible[1] = False, True
     x[~visible] = 77  # never read
     before = x.clone()
-    found = g.posterior(x, visible)
+    found = g.posterior(x.numpy(), visible)
     assert torch.equal(x, before)
     for p in range(len(x)):
         fits = (levels[0] == x[p])[:, visible[p]].all(1)
@@ -315,67 +363,70 @@ def test_posterior_equals_enumeration(size, zipf):
             assert torch.allclose(found[l][p], share)
 
 
-@pytest.mark.parametrize("zipf", [0, 1.0])
-def test_posterior_agrees_with_parse_context_and_marginal(zipf):
-    g = Grammar.random(6, 3, 5, 3, seed=4, zipf=zipf)
-    levels = g.sample(50, seed=2)
-    everything = g.posterior(levels[0], torch.ones(27, dtype=torch.bool))
-    for l, h in enumerate(levels):
-        assert torch.allclose(everything[l], F.one_hot(h.long(), 6).double())
-    nothing = g.posterior(levels[0], torch.zeros(50, 27, dtype=torch.bool))
-    t = 4  # one level-0 tuple
-    visible = torch.zeros(27, dtype=torch.bool)
-    visible[3 * t : 3 * t + 3] = True
-    one = g.posterior(levels[0].numpy(), visible)
-    parent = levels[1][:, t].long()
-    for l, n in [(0, 0), (0, 11), (0, 26), (1, 3), (1, 8), (2, 0), (2, 1), (3, 0)]:
-        assert torch.allclose(nothing[l][:, n], g.marginal(l, n))
-        assert torch.allclose(one[l][:, n], g.context(0, t, l, n)[parent])
-
-
 def test_posterior_refuses_what_no_derivation_explains():
     g, x = strings_with_a_wrong_tuple()
     visible = torch.ones(8, dtype=torch.bool)
-    with pytest.raises(ValueError, match="^x: string 3 has no derivation"):
+    with refused("x: string 3 has no derivation"):
         g.posterior(x, visible)
     for bad_x, bad_visible in [(x[:, :4], visible), (x, visible[:4]), (x, visible.int()),
                                (x.float(), visible), (x + 4, visible)]:
-        with pytest.raises(ValueError, match="^(x|visible): "):
+        with refused("(x|visible): "):
             g.posterior(bad_x, bad_visible)
 
 
-@pytest.mark.parametrize("zipf", [0, 1.0])
+@pytest.mark.parametrize("l", [1, 2, 3])
+def test_synonym_swap_keeps_what_is_above_and_generic_swap_changes_the_parent(l):
+    g = Grammar.random(8, 3, 4, 3, 1)
+    levels = g.sample(600, 5)
+    synonym, node = g.swap(levels, l, "synonym", 2)
+    generic, same = g.swap(levels, l, "generic", 2)
+    assert torch.equal(node, same)
+    assert all(map(torch.equal, g.parse(synonym[0]), synonym))  # still a derivation
+    assert all(map(torch.equal, synonym[l:], levels[l:]))
+    assert all(map(torch.equal, generic[l + 1 :], levels[l + 1 :]))
+    rows = torch.arange(600)
+    for swapped in (synonym, generic):
+        for k in range(l + 1):
+            # what stands on level k under each node of level l
+            new, old = (h[k].view(600, -1, 3 ** (l - k)).clone() for h in (swapped, levels))
+            moved = (new[rows, node] != old[rows, node]).any(1).float().mean()
+            assert k == l or moved > 0.9
+            new[rows, node] = old[rows, node]
+            assert torch.equal(new, old)  # nothing outside the node changes
+        new, old = (h[l - 1].view(600, -1, 3)[rows, node] for h in (swapped, levels))
+        assert (new != old).any(1).all()
+    share = (generic[l][rows, node] != levels[l][rows, node]).float().mean()
+    assert abs(share - 28 / 31) < 0.06  # of the 31 other tuples, 28 have another parent
+
+
+@uniform_and_zipf
 @pytest.mark.parametrize("kind", ["synonym", "generic"])
 def test_swap_draws_any_other_tuple_with_its_chance(kind, zipf):
     g, P = Grammar.random(3, 2, 3, 2, seed=1, zipf=zipf), 30000
     one = [h[:1].expand(P, -1) for h in g.sample(1, 0)]  # one string, many times
     swapped, node = g.swap(one, 1, kind, seed=2)
-    codes = tuple_codes(g.rules[0].flatten(0, 1), 3)
+    rules = tuple_codes(g.rules[0].flatten(0, 1), 3)
+    # the number, 0 to 8, of the rule that makes each tuple
+    old, new = ((tuple_codes(h[0].unflatten(1, (-1, 2)), 3)[..., None] == rules).int().argmax(2)
+                for h in (one, swapped))
     for n in range(2):
-        tuples = swapped[0].unflatten(1, (-1, 2))[node == n, n]
-        number = (tuple_codes(tuples, 3)[:, None] == codes).int().argmax(1)
-        seen = torch.bincount(number, minlength=9).double()
-        old = int((tuple_codes(one[0][0, 2 * n : 2 * n + 2], 3) == codes).int().argmax())
+        seen = torch.bincount(new[node == n, n], minlength=9)
         p = (g.p / 3).repeat(3)
         if kind == "synonym":
-            p[torch.arange(9) // 3 != old // 3] = 0
-        p[old] = 0
-        p = p / p.sum()
-        wrong = (seen - seen.sum() * p).abs() - 5 * (seen.sum() * p * (1 - p)).sqrt()
-        assert (wrong <= 1e-9).all()
+            p[torch.arange(9) // 3 != old[0, n] // 3] = 0
+        p[old[0, n]] = 0
+        assert as_likely(seen, p / p.sum())
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (3, 3), (5, 5), (6, 6), (6, 4), (3, 6)])
 def test_matching_equals_brute_force(rows, columns):
     random = np.random.default_rng(rows * 10 + columns)
     for turn in range(40):
-        table = random.integers(0, 9, (rows, columns))
-        table = table if turn < 30 else random.normal(size=(rows, columns))
+        whole, real = random.integers(0, 9, (rows, columns)), random.normal(size=(rows, columns))
+        table = whole if turn < 30 else real
         small = table if rows <= columns else table.T
-        best = max(
-            sum(small[i, j] for i, j in enumerate(p))
-            for p in itertools.permutations(range(small.shape[1]), small.shape[0])
-        )
+        pairings = itertools.permutations(range(small.shape[1]), small.shape[0])
+        best = max(sum(small[i, j] for i, j in enumerate(p)) for p in pairings)
         assert grammar.best_matching(table) == pytest.approx(best, abs=1e-12)
 
 
@@ -386,15 +437,6 @@ def test_accuracy():
     assert accuracy(some, truth, 3) == pytest.approx(5 / 6)  # unknown is wrong
     assert accuracy(torch.full((2, 3), -1), truth, 3) == 0
     assert accuracy(truth[:0], truth[:0], 3) == 0
-    with pytest.raises(ValueError, match="shape"):
-        accuracy(truth[:1], truth, 3)
-
-
-def test_the_probe_reads_what_is_linear():
-    random = torch.Generator().manual_seed(0)
-    labels = torch.randint(4, (500,), generator=random)
-    features = F.one_hot(labels, 4).float() @ torch.randn(4, 6, generator=random) + 3
-    assert torch.equal(linear_probe(features, labels, 4)(features).argmax(1), labels)
 
 
 @pytest.mark.parametrize("n, d", [(10, 40), (40, 10)])
@@ -403,57 +445,39 @@ def test_the_probe_is_ridge_regression(n, d):
     features, new = torch.randn(n, d, generator=random), torch.randn(5, d, generator=random)
     labels = torch.randint(4, (n,), generator=random)
     x, y = features.double(), F.one_hot(labels, 4).double()
-    x, y = x - x.mean(0), y - y.mean(0)
+    centre, share = x.mean(0), y.mean(0)
+    x, y = x - centre, y - share
     weight = (x.T @ x / n + grammar.RIDGE * torch.eye(d)).inverse() @ x.T @ y / n
-    expected = (new - features.mean(0)).double() @ weight + F.one_hot(labels, 4).double().mean(0)
-    assert torch.allclose(linear_probe(features, labels, 4)(new).double(), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "", 7])
-def test_a_device_that_is_not_there_is_one_line(device):
-    g = Grammar.random(4, 2, 2, 2, 0)
-    small = {"samples": [10], "seeds": [0], "device": device}
-    for work in (lambda: g.sample(10, 0, device), lambda: data2vec.fit(g, 4, 2, device=device),
-                 lambda: predictor.fit(g, 4, 2, device=device),
-                 *(lambda learner=learner: learner.recover([g], **small) for learner in (cluster, predictor, data2vec))):
-        with pytest.raises(ValueError, match="^device: must be cpu.* on this machine$"):
-            work()
+    expected = (new - centre) @ weight + share
+    found = linear_probe(features, labels, 4)(new)
+    assert torch.allclose(found.double(), expected, atol=1e-4)
 
 
 def test_load_reads_what_save_wrote_and_arrays_from_elsewhere(tmp_path):
     g = Grammar.random(6, 3, 5, 3, seed=4, zipf=0.5)
-    path = tmp_path / "one.npz"
-    grammar.save_strings(path, g, g.sample(7))
-    for other, arrays in [("two.npz", [rule.long().numpy() for rule in g.rules]),
-                          ("three.npy", np.stack([rule.numpy() for rule in g.rules]))]:
-        save = np.save if other.endswith("npy") else lambda file, a: np.savez(file, *a)
-        save(tmp_path / other, arrays)
-        loaded = Grammar.load(tmp_path / other)
-        assert all(map(torch.equal, loaded.rules, g.rules))
-    again = Grammar.load(path)
-    assert repr(again) == repr(g) and all(map(torch.equal, again.rules, g.rules))
-    with np.load(path) as file:
+    rules = [rule.long().numpy() for rule in g.rules]
+    np.savez(tmp_path / "theirs.npz", *rules)
+    np.save(tmp_path / "theirs.npy", np.stack(rules))
+    grammar.save_strings(tmp_path / "ours.npz", g, g.sample(7))
+    for file in tmp_path.iterdir():
+        assert all(map(torch.equal, Grammar.load(file).rules, g.rules))
+    assert repr(Grammar.load(tmp_path / "ours.npz")) == repr(g)
+    with np.load(tmp_path / "ours.npz") as file:
         assert torch.equal(torch.from_numpy(file["level0"]), g.sample(7)[0])
 
 
 def test_load_refuses_what_is_no_grammar(tmp_path):
     good = np.array(GOOD_RULES)
-    bad = {"text": "hello", "dict": {"rules0": good[0]}, "one": good[0][:1], "float": good / 2,
-           "flat": good.reshape(-1), "short": good[:1],
-           "twice": good * 0, "gap": None}
+    bad = {"dict": {"rules0": good[0]}, "one": good[0][:1], "float": good / 2,
+           "flat": good.reshape(-1), "short": good[:1], "twice": good * 0}
     for name, value in bad.items():
-        path = tmp_path / name
-        with open(path, "wb") as file:
-            if name == "text":
-                file.write(b"hello")
-            elif name == "gap":
-                np.savez(file, rules0=good[0], rules2=good[1])
-            else:
-                np.save(file, value, allow_pickle=True)
-        with pytest.raises(ValueError, match="^load: ") as error:
-            Grammar.load(path)
-        assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="^load: .*No such file"):
+        np.save(tmp_path / f"{name}.npy", value, allow_pickle=True)
+    np.savez(tmp_path / "gap.npz", rules0=good[0], rules2=good[1])
+    (tmp_path / "text").write_bytes(b"hello")
+    for file in tmp_path.iterdir():
+        with refused("load: "):
+            Grammar.load(file)
+    with refused("load: .*No such file"):
         Grammar.load(tmp_path / "missing")
 
 
@@ -492,18 +516,18 @@ CHOICES = {"ours": {"steps": 4}, "paper": grammar.paper_preset(TABLE)}
 
 
 def test_settings_are_defaults_then_preset_then_given():
-    read = lambda **given: vars(grammar.read_settings(TABLE, CHOICES, given))
+    def read(**given):
+        return vars(grammar.read_settings(TABLE, CHOICES, given))
+
     assert read() == {"rate": 0.5, "steps": 4, "how_much": "all", "ema": True}
     paper = {"rate": 0.1, "steps": 3, "how_much": "some", "ema": False}
     assert read(preset="paper", how_much="some") == paper
     assert read(rate=np.float64(0.25), steps=np.int64(2))["rate"] == 0.25
-    for given in [{"rate": 2}, {"rate": math.nan}, {"steps": 2.0}, {"steps": True}, {"ema": 1},
-                  {"steps": "²"}, {"steps": 10**5000}, {"how_much": "Some"}, {"rates": 0.5},
-                  {"preset": "theirs"}]:
-        name = next(iter(given)).replace("_", "-")
-        with pytest.raises(ValueError, match=f"^{name}: ") as error:
-            read(**given)
-        assert "\n" not in str(error.value)
+    for name, value in [("rate", 2), ("rate", math.nan), ("steps", 2.0), ("steps", True),
+                        ("steps", "²"), ("steps", 10**5000), ("ema", 1), ("rates", 0.5),
+                        ("how_much", "Some"), ("preset", "theirs")]:
+        with refused(name.replace("_", "-") + ": "):
+            read(**{name: value})
 
 
 def test_flags_and_python_read_a_setting_alike():
@@ -515,40 +539,32 @@ def test_flags_and_python_read_a_setting_alike():
     assert grammar.given_settings(TABLE, parser.parse_args([])) == {}
 
 
-@pytest.mark.parametrize("command, named", [
-    ("--depth 2147483647", "--depth"), ("--depth 24 --samples 2147483647", "--samples"),
-    ("--v 256 --s 7 --m 2147483647", "--m"), ("--m ²", "--m"), ("--m " + "1" * 5000, "--m"),
-    ("--m +-5", "--m"), ("--save=", "--save"), ("--save .", "--save"), ("--zipf nan", "--zipf"),
-    ("--save no/such/folder.npz", "--save"), ("--seeds 3", "--seeds"),
-    ("--save a.npz --bench", "--bench"), ("--load README.md", "--load"),
-    ("--contrast --depth 24 --v 256", "--depth"), ("--samples 0", "--samples"),
-])
-def test_grammar_refuses_in_one_line(command, named, capsys, monkeypatch):
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", ["grammar.py", *command.split()])
-    start = time.time()
-    with pytest.raises(SystemExit) as error:
-        grammar.main()
-    told = capsys.readouterr()
-    assert error.value.code == 2 and told.out == "" and time.time() - start < 1
-    assert told.err.startswith(f"grammar.py: argument {named}: ") and told.err.count("\n") == 1
-
-
-def test_the_script_draws_a_derivation(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", "grammar.py --v 2 --m 1 --depth 2 --seed 1".split())
-    grammar.main()
-    lines = capsys.readouterr().out.splitlines()
+def test_the_script_draws_a_derivation(call):
+    _, out, _ = call("grammar", "--v 2 --m 1 --depth 2 --seed 1")
+    lines = out.splitlines()
     g = Grammar.random(2, 2, 1, 2, seed=1)
-    levels = g.sample(1, 1)
-    for rule in g.rules[1][:, 0].tolist():
-        assert any(line.endswith("-> {} {}".format(*rule)) for line in lines)
+    for a, b in g.rules[1][:, 0].tolist():
+        assert any(line.endswith(f"-> {a} {b}") for line in lines)
     drawn = [line.split()[2:] for line in lines if re.match("level [0-9]  ", line)]
+    levels = g.sample(1, 1)
     assert drawn == [list(map(str, h[0].tolist())) for h in reversed(levels)]
 
 
+def test_contrast_as_a_script(call):
+    _, out, _ = call("grammar", "--depth 4 --m 3 --contrast --seeds 3 --csv contrast.csv")
+    rows = list(csv.DictReader(open("contrast.csv")))
+    assert "latent" in out
+    assert list(rows[0]) == "v s m L zipf seeds target level contrast P_noise".split()
+    assert len(rows) == 4 * 3 and {row["seeds"] for row in rows} == {"3"}
+    grammars = [Grammar.random(8, 2, 3, 4, seed) for seed in range(3)]
+    square = np.mean([g.contrast()["token"][2] ** 2 for g in grammars])
+    (row,) = [row for row in rows if row["target"] == "token" and row["level"] == "3"]
+    assert float(row["contrast"]) == pytest.approx(square**0.5, rel=1e-4)
+    assert float(row["P_noise"]) == pytest.approx(24 / square, rel=1e-4)
+
+
 def test_a_reader_that_has_gone_is_no_error():
-    command = f"{sys.executable} grammar.py --depth 3 | head -1"
-    words = ["bash", "-c", command]
+    words = ["bash", "-c", f"{sys.executable} grammar.py --depth 3 | head -1"]
     broken = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=120)
     assert broken.stdout.startswith("level 3 -> 2") and broken.stderr == ""
 
@@ -559,70 +575,40 @@ def test_a_script_runs_with_its_outputs_closed(monkeypatch):
     grammar.run_script(lambda: print("nobody reads it", file=sys.stderr))
 
 
-@pytest.mark.parametrize("ending, code, line", [
-    (KeyboardInterrupt(), 130, "stopped"), (MemoryError(), 1, "out of memory"),
-    (OSError(28, "No space left on device", "a.npz"), 1, "a.npz: No space left on device"),
-])
-def test_what_ends_a_script_from_outside_is_one_line(ending, code, line, capsys):
-    def main():
-        raise ending
-
-    with pytest.raises(SystemExit) as error:
-        grammar.run_script(main)
-    told = capsys.readouterr().err
-    assert error.value.code == code and line in told and told.strip().count("\n") == 0
-
-
-def test_contrast_as_a_script(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "contrast.csv"
-    words = f"grammar.py --depth 4 --m 3 --contrast --seeds 3 --csv {path}"
-    monkeypatch.setattr(sys, "argv", words.split())
-    grammar.main()
-    assert "latent" in capsys.readouterr().out
-    rows = list(csv.DictReader(open(path)))
-    assert list(rows[0]) == "v s m L zipf seeds target level contrast P_noise".split()
-    assert len(rows) == 4 * 3 and {row["seeds"] for row in rows} == {"3"}
-    squares = [Grammar.random(8, 2, 3, 4, seed).contrast()["token"][2] ** 2 for seed in range(3)]
-    row = next(row for row in rows if row["target"] == "token" and row["level"] == "3")
-    assert float(row["contrast"]) == pytest.approx(np.mean(squares) ** 0.5, rel=1e-4)
-    assert float(row["P_noise"]) == pytest.approx(24 / np.mean(squares), rel=1e-4)
-
-
 # ----------------------------------------------------------------------------------------
 # cluster.py
 
-POSITIONS = ("all", "cousins", "element")
-
 
 @pytest.mark.parametrize("target", cluster.TARGETS)
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", ["all", "cousins", "element"])
 def test_count_equals_a_loop(target, positions, monkeypatch):
     monkeypatch.setattr(cluster, "CHUNK_TOKENS", 64)  # several chunks
     g, s, l = Grammar.random(3, 3, 4, 3, seed=0), 3, 1
     levels = g.sample(30, seed=0)
     x, h, root = levels[0], levels[l], levels[-1][:, 0]
     support = cluster.Support(h, g.v, s)
-    K, ids = len(support.codes), support.ids(h)
-    loop = {}
-    for p, t in itertools.product(range(len(h)), range(ids.shape[1])):  # every tuple
-        i, cousins = t % s, [t - t % s + j for j in range(s) if j != t % s]
+    ids = support.ids(h)
+    below = {"latent": h, "token": x, "joint": ids, "root": None}[target]
+    loop = Counter()
+    positions_used = range(ids.shape[1]) if positions == "all" else [0]
+    for p, t in itertools.product(range(len(h)), positions_used):
         if target == "root":
-            seen = [root[p]]
-            i = t
-        elif target == "joint":
-            seen = [ids[p, j] for j in cousins]
+            i, seen = t, [root[p]]
         else:
-            below, width = (h, s) if target == "latent" else (x, s ** (l + 1))
-            seen = [below[p, j * width + k] for j in cousins for k in range(width)]
-        if positions != "all" and t > 0:
-            continue
+            i, cousins = t % s, [t - t % s + j for j in range(s) if j != t % s]
+            seen = below[p].unflatten(0, (ids.shape[1], -1))[cousins].flatten()
         for k, symbol in enumerate(seen[:1] if positions == "element" else seen):
-            key = (i, k, int(ids[p, t]), int(symbol))
-            loop[key] = loop.get(key, 0) + 1
+            loop[i, k, int(ids[p, t]), int(symbol)] += 1
     tables = cluster.count(h, x, root, support, target, positions)
-    per_position = len({key[1] for key in loop})
-    assert tables.sum() == sum(loop.values()) and tables.shape[1] == K
-    assert all(tables[i * per_position + k, a, b] == n for (i, k, a, b), n in loop.items())
+    targets = len({k for _, k, _, _ in loop})
+    assert tables.sum() == sum(loop.values()) and tables.shape[1] == len(support.codes)
+    assert all(tables[i * targets + k, a, b] == n for (i, k, a, b), n in loop.items())
+
+
+def test_contexts_are_shares_and_the_mean_where_a_tuple_is_missing():
+    tables = torch.tensor([[[1, 3], [0, 0], [2, 0]]])  # one position, three tuples, two symbols
+    phi = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
+    assert torch.allclose(cluster.contexts(tables), phi)
 
 
 @pytest.mark.parametrize("v, s, m, seed", [(8, 2, 3, 0), (8, 2, 4, 1), (4, 3, 4, 2)])
@@ -631,7 +617,6 @@ def test_every_target_recovers_every_level(v, s, m, seed, target):
     g = Grammar.random(v, s, m, 3, seed)
     (score,) = cluster.recover([g], [60000], [seed], target)
     assert score.accuracy == [1, 1] and score.collapsed == [False, False]
-    assert score.floor is None and score.diverged == 0
 
 
 def test_token_fails_where_latent_succeeds():
@@ -640,68 +625,29 @@ def test_token_fails_where_latent_succeeds():
     assert min(latent.accuracy) > 0.99 and token.accuracy[-1] < 0.75
 
 
-def test_recover_is_one_score_for_each_run():
-    grammars = [Grammar.random(8, 2, 4, 3, seed, zipf=0.3) for seed in range(3)]
-    together = cluster.recover(grammars, [64, 512, 4096], [5, 6, 7], positions="cousins")
-    alone = [cluster.recover([g], [P], [seed], positions="cousins")[0]
-             for g, P, seed in zip(grammars, [64, 512, 4096], [5, 6, 7])]
-    assert together == alone and together[2].accuracy[0] > together[0].accuracy[0]
-    with pytest.raises(ValueError):
-        cluster.recover(grammars, [64], [5, 6, 7])
-
-
 def test_scrambled_strings_teach_nothing():
     g = Grammar.random(8, 2, 4, 3, seed=0)
     x, truth = g.sample(20000, 0)[0], g.sample(4096, (0, 1))
     order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
-    mixed = x.flatten()[order].view_as(x)
-    assert accuracy(cluster.fit(x, 8, 2).label(truth[0])[1], truth[1], 8) == 1
+    tree, mixed = cluster.fit(x, 8, 2), cluster.fit(x.flatten()[order].view_as(x), 8, 2)
+    assert repr(tree) == "Tree(v=8, s=2, L=3, target='latent', tuples=[32, 32])"
+    assert accuracy(tree.label(truth[0])[1], truth[1], 8) == 1
     # below is the best of 8! matchings of noise
-    assert accuracy(cluster.fit(mixed, 8, 2).label(truth[0])[1], truth[1], 8) < 0.6
+    assert accuracy(mixed.label(truth[0])[1], truth[1], 8) < 0.6
 
 
 def test_unseen_tuples_are_unknown_and_so_is_all_above(monkeypatch):
     g = Grammar.random(8, 2, 4, 3, seed=0)
     x, fresh = g.sample(12, 0)[0], g.sample(500, 1)[0]
-    tree = cluster.fit(x, 8, 2)
     seen = set(map(tuple, x.reshape(-1, 2).tolist()))
     pairs = fresh.unflatten(1, (-1, 2))
     known = torch.tensor([[tuple(t) in seen for t in row] for row in pairs.tolist()])
-    levels = tree.label(fresh)
+    levels = cluster.fit(x, 8, 2).label(fresh.tolist())
     assert torch.equal(levels[0], fresh)
     assert torch.equal(levels[1] >= 0, known) and not known.all()
     assert (levels[2][~known.unflatten(1, (-1, 2)).all(2)] == -1).all()
     monkeypatch.setattr(cluster, "DENSE_TUPLES", 0)  # a search numbers the tuples alike
     assert all(map(torch.equal, cluster.fit(x, 8, 2).label(fresh), levels))
-
-
-@pytest.mark.parametrize("target", cluster.TARGETS)
-@pytest.mark.parametrize("form", [torch.int64, torch.int32, torch.int16, "array", "lists"])
-def test_any_whole_numbers_do_and_none_are_written_to(target, form):
-    levels = Grammar.random(8, 2, 4, 3, seed=0).sample(40, 0)
-    x, root = levels[0], levels[3][:, 0]
-    wanted = cluster.fit(x, 8, 2, target, root=root).label(x)
-
-    def change(a):
-        if form == "array":
-            return a.numpy().astype(np.int64)
-        return a.tolist() if form == "lists" else a.to(form)
-
-    given, labels = change(x), change(root)
-    tree = cluster.fit(given, 8, 2, target, root=labels)
-    assert all(map(torch.equal, tree.label(given), wanted))
-    assert torch.equal(torch.as_tensor(given).byte(), x)
-    assert torch.equal(torch.as_tensor(labels).byte(), root)
-
-
-def test_same_seed_same_tree_whatever_the_global_generator():
-    x = Grammar.random(8, 2, 4, 3, seed=0).sample(1000, 0)[0]
-    torch.manual_seed(1)
-    a = cluster.fit(x, 8, 2, seed=3)
-    torch.manual_seed(2)
-    b = cluster.fit(x, 8, 2, seed=3)
-    assert all(map(torch.equal, a.symbols, b.symbols))
-    assert repr(a) == "Tree(v=8, s=2, L=3, target='latent', tuples=[32, 32])"
 
 
 def test_kmeans_finds_planted_clusters_and_the_best_partition():
@@ -714,7 +660,8 @@ def test_kmeans_finds_planted_clusters_and_the_best_partition():
     means = torch.stack([X[truth == a].mean(0) for a in range(6)])
     planted = (X - means[truth]).square().sum().item()
     assert inertia[0].item() == pytest.approx(planted, rel=1e-4)
-    X = torch.rand(9, 2, generator=random)  # no structure: against all 3^9 partitions
+    # no structure: against all 3^9 partitions
+    X = torch.rand(9, 2, generator=random)
     member = F.one_hot(torch.cartesian_prod(*[torch.arange(3)] * 9), 3).float()
     means = member.mT @ X / member.sum(1)[:, :, None].clamp(min=1)
     best = (X - member @ means).square().sum((1, 2)).min().item()
@@ -722,92 +669,39 @@ def test_kmeans_finds_planted_clusters_and_the_best_partition():
     assert cluster.kmeans(X[:2], 3, random, 8)[0].max() == 1  # fewer points than clusters
 
 
-def test_distances():
-    random = torch.Generator().manual_seed(0)
-    X, C = torch.randn(7, 3, generator=random), torch.randn(2, 4, 3, generator=random)
-    wanted = torch.cdist(X.expand(2, -1, -1), C).square()
-    assert torch.allclose(cluster.distances(X, C), wanted, atol=1e-5)
-
-
 def test_exact_pair_tables_are_grouped_by_parent():
     g = Grammar.random(8, 2, 3, 3, seed=0)
     p = torch.full((8,), 1 / 8, dtype=torch.float64)
-    pairs = torch.stack([g.siblings(2, i, 1 - i, p) for i in range(2)])  # of the parents
-    tables = 1e6 * pairs.repeat_interleave(3, 1).repeat_interleave(3, 2)  # of the tuples
+    parents = torch.stack([g.siblings(2, i, 1 - i, p) for i in range(2)])
+    tables = 1e6 * parents.repeat_interleave(3, 1).repeat_interleave(3, 2)  # of their tuples
     labels = cluster.cluster_pairs(tables, 8, torch.Generator().manual_seed(0))
     assert accuracy(labels, torch.arange(24) // 3, 8) == 1
 
 
 def test_the_paper_preset_counts_one_position():
-    g = Grammar.random(8, 2, 4, 3, seed=0)
-    x = g.sample(500, 0)[0]
+    x = Grammar.random(8, 2, 4, 3, seed=0).sample(500, 0)[0]
     paper, same, ours = (cluster.fit(x, 8, 2, **given).symbols for given in
                          ({"preset": "paper"}, {"positions": "cousins"}, {}))
     assert all(map(torch.equal, paper, same)) and not torch.equal(paper[0], ours[0])
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"x": "short"}, "x"), ({"x": "empty"}, "x"), ({"x": "float"}, "x"), ({"v": 3}, "x"),
-    ({"s": 3}, "x"), ({"s": 1}, "s"), ({"v": 300}, "v"), ({"target": "leaf"}, "target"),
-    ({"target": "root", "root": None}, "root"), ({"target": "root", "root": [0]}, "root"),
-    ({"target": "root", "root": [4] * 10}, "root"), ({"target": "root", "root": [-1] * 10}, "root"),
-    ({"target": "root", "root": [0.5] * 10}, "root"), ({"seed": -1}, "seed"),
-    ({"positions": "most"}, "positions"), ({"restarts": 0}, "restarts"), ({"rounds": 2.5}, "rounds"),
-    ({"context": "all"}, "context"), ({"preset": "theirs"}, "preset"),
-])
-def test_fit_refuses_bad_input(change, named):
-    x = Grammar.random(4, 2, 2, 3, seed=0).sample(10, 0)[0]
-    forms = {"short": x[:, :6], "empty": x[:0], "float": x.float()}
-    given = {"x": x, "v": 4, "s": 2} | change
-    given["x"] = forms.get(change.get("x"), x)
-    with pytest.raises(ValueError, match=f"^{named}: ") as error:
-        cluster.fit(**given)
-    assert "\n" not in str(error.value)
-
-
-def test_label_checks_as_fit_does():
-    x = Grammar.random(4, 2, 2, 3, seed=0).sample(10, 0)[0]
-    tree = cluster.fit(x, 4, 2)
-    for wrong in (x.float(), x + 4, x[:, :4], x[0], torch.cat([x, x], 1)):
-        with pytest.raises(ValueError, match="^x: "):
-            tree.label(wrong)
-
-
-@pytest.mark.parametrize("command, named", [
-    ("--depth 24 --samples 1", "--depth"), ("--depth 2147483647", "--depth"),
-    ("--samples 2147483647", "--samples"), ("--restarts 0", "--restarts"), ("--m 9", "--m"),
-    ("--v 256 --m 256 --target joint --samples 1000000", "--m"), ("--target leaf", "--target"),
-    ("--v 256 --m 256 --samples 1000000", "--restarts"), ("--positions most", "--positions"),
-    ("--v 256 --m 256 --depth 16 --target root", "--depth"), ("--context all", ""),
-])
-def test_cluster_refuses_in_one_line(command, named, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["cluster.py", *command.split()])
-    start = time.time()
-    with pytest.raises(SystemExit) as error:
-        cluster.main()
-    told = capsys.readouterr()
-    assert error.value.code == 2 and told.out == "" and time.time() - start < 1
-    assert told.err.count("\n") == 1 and named in told.err
-
-
-def test_the_script_shows_what_recover_scores(capsys, monkeypatch):
-    words = "cluster.py --depth 3 --samples 300 --m 4 --seed 2 --positions cousins --zipf 0.5"
-    monkeypatch.setattr(sys, "argv", words.split())
-    cluster.main()
-    shown = capsys.readouterr().out
+def test_the_script_shows_what_recover_scores(call):
+    flags = "--depth 3 --samples 300 --m 4 --seed 2 --positions cousins --zipf 0.5"
+    _, out, _ = call("cluster", flags)
     g = Grammar.random(8, 2, 4, 3, seed=2, zipf=0.5)
     (score,) = cluster.recover([g], [300], [2], positions="cousins")
     for level, right in enumerate(score.accuracy, 1):
-        assert re.search(rf"^ +{level} .* {right:.3f}$", shown, re.M)
+        assert re.search(rf"^ +{level} .* {right:.3f}$", out, re.M)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # predictor.py
 
 
-def small_network(s, L, d=4, target="latent", elements="all", R=1, seed=0):
-    network = predictor.Network(R, s, d, 8, predictor.heads_of(target, elements, s, L))
-    network.draw([torch.Generator().manual_seed(seed + r) for r in range(R)])
+def small_network(s, L, d=4, target="latent", elements="all", seed=0):
+    heads = predictor.heads_of(target, elements, s, L)
+    network = predictor.Network(1, s, d, 8, heads)
+    network.draw([torch.Generator().manual_seed(seed)])
     return network
 
 
@@ -815,7 +709,8 @@ def small_draw(g, strings=64):
     """One step's random numbers for one run on a grammar's strings."""
     x = [g.sample(strings, 1)[0]]
     options = predictor.read_options(g.v, "latent", {"batch": strings})
-    return next(predictor.draws(x, g.s, g.L, options, [torch.Generator().manual_seed(0)], "cpu"))
+    random = [torch.Generator().manual_seed(0)]
+    return next(predictor.draws(x, g.s, g.L, options, random, "cpu"))
 
 
 def small_losses(g, student, teacher, target="latent", **settings):
@@ -823,54 +718,29 @@ def small_losses(g, student, teacher, target="latent", **settings):
     options = predictor.read_options(g.v, target, {"gate": 0.0} | settings)
     draw = small_draw(g)
     wanted = [h.detach() for h in teacher(draw[0])[1]]
-    parts = predictor.losses(student, wanted, draw, options)
-    return [*parts[0][0], *parts[1][0]]
+    prediction, clustering = predictor.losses(student, wanted, draw, options)
+    return [*prediction[0], *clustering[0]]
 
 
 def reached(loss, network):
     """Which weights a loss has a gradient for: {(module, part)}, part predict or cluster."""
-    weights = dict(network.named_parameters())
-    grads = torch.autograd.grad(loss, [*weights.values()], allow_unused=True, retain_graph=True)
-    names = [name.split(".")[1:3] for name in weights]
-    return {(int(l), part) for (l, part), grad in zip(names, grads)
+    names, weights = zip(*network.named_parameters())
+    grads = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
+    parts = [name.split(".")[1:3] for name in names]
+    return {(int(l), part) for (l, part), grad in zip(parts, grads)
             if grad is not None and grad.abs().max() > 0}
 
 
-def same_weights(a, b):
-    a, b = a.network.state_dict(), b.network.state_dict()
-    return all(torch.equal(a[name].nan_to_num(7), b[name].nan_to_num(7)) for name in a)  # a NaN equals a NaN
-
-
-@pytest.mark.parametrize("s", [2, 3])
-def test_cousins_are_the_other_tuples_under_the_grandparent(s):
-    # a network that is sure of each element of the right cousin has loss 0
-    n = d = s**3
-    log_phi = torch.full((1, n // s, s, s - 1, s, d), -50.0)
-    for t in range(n // s):
-        grandparent, i = divmod(t, s)
-        others = [j for j in range(s) if j != i]
-        for c, e in itertools.product(range(s - 1), range(s)):
-            log_phi[0, t, i, c, e, grandparent * s * s + others[c] * s + e] = 0.0
-    string = torch.eye(d)[None, None]  # all elements are different
-    goal = predictor.goal("latent", [string], 0, s, "all")
-    assert predictor.prediction_loss(log_phi, goal, s)[0].item() == 0.0
-
-
-@pytest.mark.parametrize("s, E, heads", [(2, 2, (2, 1)), (3, 3, (3, 2)), (3, 9, (3, 2)), (3, 1, (1, 1))])
-def test_prediction_loss_equals_the_double_loop(s, E, heads):
+def test_gain_is_0_for_the_marginal_and_1_for_the_cousins_themselves():
     random = torch.Generator().manual_seed(0)
-    R, B, G, d = 2, 3, 4, 5  # G: grandparents in a string
-    log_phi = torch.randn(R, B * G * s, *heads, E, d, generator=random).log_softmax(-1)
-    goal = torch.randn(R, B, G * s, E, d, generator=random).softmax(-1)
-    loss, gain = predictor.prediction_loss(log_phi, goal, s)
-    for r in range(R):
-        total, terms = 0.0, 0
-        for b, g, i in itertools.product(range(B), range(G), range(heads[0])):
-            others = [j for j in range(s) if j != i][: heads[1]]
-            for (c, j), e in itertools.product(enumerate(others), range(E)):
-                total -= float(goal[r, b, g * s + j, e] @ log_phi[r, (b * G + g) * s + i, i, c, e])
-                terms += 1
-        assert loss[r].item() == pytest.approx(total / terms, rel=1e-5) and gain[r] < 1
+    symbols = torch.randint(5, (1, 40, 2, 1), generator=random)  # two cousins in a string
+    codes = F.one_hot(symbols, 5).float()
+    known = codes.flip(2)
+    marginal = known.mean(1, keepdim=True).expand_as(known)
+    for phi, gain in ((known, 1), (marginal, 0)):
+        log_phi = phi.clamp(min=1e-9).log().view(1, 80, 1, 1, 1, 5).expand(-1, -1, 2, -1, -1, -1)
+        found = predictor.prediction_loss(log_phi, codes, 2)[1]
+        assert found.item() == pytest.approx(gain, abs=2e-3)
 
 
 def test_clustering_loss_equals_the_double_loop():
@@ -882,20 +752,21 @@ def test_clustering_loss_equals_the_double_loop():
         total = 0.0
         for i, j in itertools.permutations(range(7), 2):
             overlap = float(codes[k, i] @ codes[k, j])
-            total -= math.log(overlap + 0.01) if alike[k, i, j] else 0.3 * math.log(1.0001 - overlap)
+            like, unlike = math.log(overlap + 0.01), 0.3 * math.log(1.0001 - overlap)
+            total -= like if alike[k, i, j] else unlike
         entropy = -float((codes[k] * codes[k].log()).sum()) / 7
         assert found[k].item() == pytest.approx(total / 42 + 0.2 * entropy, rel=1e-3)
 
 
-def test_similar_is_the_papers_rule():
+@pytest.mark.parametrize("centred", [False, True])
+def test_similar_is_the_papers_rule(centred):
     phi = torch.rand(1, 6, 5, generator=torch.Generator().manual_seed(0))
-    for centred in (False, True):
-        vectors = (phi[0] - phi[0].mean(0) if centred else phi[0]).numpy()
-        found = predictor.similar(phi, 0.8, centred)[0]
-        for i, j in itertools.product(range(6), repeat=2):
-            a, b = vectors[i], vectors[j]
-            cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-            assert bool(found[i, j]) == ((1 + cosine) / 2 > 0.8)
+    vectors = (phi[0] - phi[0].mean(0) if centred else phi[0]).numpy()
+    found = predictor.similar(phi, 0.8, centred)[0]
+    for i, j in itertools.product(range(6), repeat=2):
+        a, b = vectors[i], vectors[j]
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert bool(found[i, j]) == ((1 + cosine) / 2 > 0.8)
 
 
 @pytest.mark.parametrize("detach", ["none", "layers", "layers+clusterer"])
@@ -903,36 +774,37 @@ def test_each_loss_reaches_the_weights_it_should(detach):
     g, student = Grammar.random(4, 2, 2, 4, seed=0), small_network(2, 4)
     parts = small_losses(g, student, small_network(2, 4, seed=1), detach=detach)
     for l in range(3):
-        both = {(k, part) for k in range(l) for part in ("predict", "cluster")}
-        below = both if detach == "none" else set()
+        all_below = set(itertools.product(range(l), ("predict", "cluster")))
+        below = all_below if detach == "none" else set()
         own = {(l, "cluster")} if detach == "layers+clusterer" else {(l, "cluster"), (l, "predict")}
         assert reached(parts[l], student) == below | {(l, "predict")}
         assert reached(parts[3 + l], student) == below | own
 
 
-@pytest.mark.parametrize("target, elements", [("latent", "all"), ("token", "all"), ("joint", "all"),
-                                              ("latent", "one"), ("token", "one"), ("joint", "one")])
-def test_targets_are_what_they_say(target, elements):
-    """Module 1 of 3: the cousin's symbols by the teacher, its tokens, or both it and its symbols."""
-    g = Grammar.random(4, 2, 2, 4, seed=0)
-    student, teacher = small_network(2, 4, 4, target, elements), small_network(2, 4, 4, target, elements, seed=1)
+@pytest.mark.parametrize("s, l", [(2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize("elements", ["all", "one"])
+@pytest.mark.parametrize("target", predictor.TARGETS)
+def test_targets_are_what_they_say(target, elements, s, l):
+    """Of module l: the cousins' symbols by the teacher, their tokens, or them and theirs."""
+    g = Grammar.random(4, s, 2, 3, seed=0)
+    student, teacher = (small_network(s, 3, 4, target, elements, seed) for seed in (0, 1))
     x = small_draw(g)[0]
-    codes, log_phi = [h.detach() for h in teacher(x)[1]], student(x)[0][1].detach()
-    total, terms = 0.0, 0
-    for b, t in itertools.product(range(64), range(4)):
-        cousin = t ^ 1
-        known = {"token": codes[0][0, b, 4 * cousin : 4 * cousin + 4]}.get(
-            target, codes[1][0, b, 2 * cousin : 2 * cousin + 2])
-        if elements == "one":
-            known = known[:1]
-            if t % 2:
-                continue  # predicted from the first position alone
-        if target == "joint":
-            known = torch.cat([known, codes[2][0, b, cousin : cousin + 1]])
-        total -= float((log_phi[0, b * 4 + t, t % 2, 0] * known).sum())
-        terms += len(known)
-    found = small_losses(g, student, teacher, target, elements=elements)[1]
-    assert found.item() == pytest.approx(total / terms, rel=1e-5)
+    codes, log_phi = [h.detach()[0] for h in teacher(x)[1]], student(x)[0][l].detach()[0]
+    below = codes[0] if target == "token" else codes[l]
+    n = s ** (2 - l)                                        # tuples in a string
+    below = below.unflatten(1, (n, -1))
+    terms = []
+    for b, t in itertools.product(range(64), range(n)):
+        others = [t - t % s + j for j in range(s) if j != t % s]
+        if elements == "one":                               # from the first position alone
+            others = others[:1] if t % s == 0 else []
+        for c, cousin in enumerate(others):
+            known = below[b, cousin, :1] if elements == "one" else below[b, cousin]
+            if target == "joint":
+                known = torch.cat([known, codes[l + 1][b, cousin : cousin + 1]])
+            terms += (-log_phi[b * n + t, t % s, c] * known).sum(1).tolist()
+    found = small_losses(g, student, teacher, target, elements=elements)[l]
+    assert found.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 def test_without_a_teacher_the_targets_are_the_students_own_codes(monkeypatch):
@@ -951,19 +823,14 @@ def test_without_a_teacher_the_targets_are_the_students_own_codes(monkeypatch):
     assert equal == [True] * 5 + [False] * 3  # the first step has no past
 
 
-def test_exact_contexts_are_grouped_by_parent_and_planted_codes_have_a_lower_loss():
+def test_exact_contexts_are_grouped_by_parent():
     g, random = Grammar.random(8, 2, 3, 3, seed=0), torch.Generator().manual_seed(0)
-    contexts = [g.context(0, i, 0, n) for i, ns in ((0, (2, 3)), (1, (0, 1))) for n in ns]
+    contexts = [g.context(0, t, 0, n) for t, n in ((0, 2), (0, 3), (1, 0), (1, 1))]
     symbols = g.sample(64, 1)[1].flatten().long()
     phi = torch.cat(contexts, 1).float()[symbols][None]  # (1, 256, 4 v)
     noise = torch.rand(1, 8, predictor.STARTS, predictor.TRIALS, generator=random)
     group = predictor.grouping(phi, 8, noise)[0]
-    alike = group[:, None] == group
-    assert torch.equal(alike, symbols[:, None] == symbols)
-    planted = F.one_hot(symbols, 8).float()
-    chance = planted[torch.randperm(256, generator=random)]
-    losses = [predictor.clustering_loss(codes, alike, 1.0) for codes in (planted, chance)]
-    assert losses[0] < losses[1] - 0.1
+    assert torch.equal(group[:, None] == group, symbols[:, None] == symbols)
 
 
 def test_grouping_finds_the_likeliest_partition():
@@ -974,7 +841,8 @@ def test_grouping_finds_the_likeliest_partition():
 
     def cost(group):
         parts = [phi[group == k] + 1e-3 for k in range(v)]
-        return sum(float((part * (part / part.mean(0)).log()).sum()) for part in parts if len(part))
+        divergences = [part * (part / part.mean(0)).log() for part in parts if len(part)]
+        return sum(float(part.sum()) for part in divergences)
 
     best = min(cost(torch.tensor(group)) for group in itertools.product(range(v), repeat=n))
     noise = torch.rand(20, v, predictor.STARTS, predictor.TRIALS, generator=random)
@@ -985,68 +853,34 @@ def test_grouping_finds_the_likeliest_partition():
 
 def test_two_different_tuples_of_every_string_are_chosen():
     g = Grammar.random(4, 2, 2, 4, seed=0)
-    chosen = small_draw(g, 500)[1]  # one run, three modules, 8, 4 and 2 tuples in a string
-    for l, n in enumerate([8, 4, 2]):
-        first, second = chosen[0, l].view(2, 500)
+    chosen = small_draw(g, 500)[1][0].view(3, 2, 500)  # of three modules
+    for (first, second), n in zip(chosen, [8, 4, 2]):  # tuples in a string
         assert (first != second).all()
-        assert torch.equal(first // n, torch.arange(500)) and torch.equal(second // n, torch.arange(500))
-    pairs = torch.bincount(chosen[0, 1].view(2, 500).T.remainder(4) @ torch.tensor([4, 1]), minlength=16)
-    expected = 500 / 12
-    assert (pairs[pairs > 0] - expected).abs().max() < 5 * expected**0.5 and (pairs > 0).sum() == 12
-
-
-def eight_runs():
-    """Strings of eight grammars; those of the last few make more steps."""
-    grammars = [Grammar.random(8, 2, 3, 3, seed) for seed in range(8)]
-    return [g.sample(60 + 20 * (r > 4), r)[0] for r, g in enumerate(grammars)]
-
-
-@pytest.mark.parametrize("target, settings", [
-    ("latent", {}), ("token", {}), ("joint", {"detach": "layers"}),
-    ("latent", {"alike": "threshold", "sparsity": 0.01, "elements": "one", "schedule": "constant"}),
-])
-def test_a_run_is_the_same_to_the_byte_whichever_stand_beside_it(target, settings):
-    xs, settings = eight_runs(), settings | {"epochs": 4}
-    together = predictor.fit_many(xs, 8, 2, target, range(8), **settings)
-    for runs in ([0], [7], [3, 4, 5]):
-        some = predictor.fit_many([xs[r] for r in runs], 8, 2, target, runs, **settings)
-        assert all(same_weights(a, together[r]) for a, r in zip(some, runs))
-    assert not same_weights(together[0], together[1])
-
-
-def test_a_run_that_diverges_stops_and_leaves_its_neighbours_alone():
-    xs = eight_runs()[:3]
-
-    def poison(step, steps, network, prediction):
-        if step == 2:
-            network.layers[0].predict[0].weight.data[1, 0, 0] = math.nan
-
-    found = predictor.fit_many(xs, 8, 2, "latent", range(3), poison, steps=6)
-    assert [run.diverged for run in found] == [0, 3, 0]
-    alone = predictor.fit_many(xs[::2], 8, 2, "latent", [0, 2], steps=6)
-    assert same_weights(found[0], alone[0]) and same_weights(found[2], alone[1])
-    with pytest.raises(FloatingPointError, match="step .* lr .* decay"):
-        predictor.fit(xs[0], 8, 2, lr=1.0, decay=10.0, batch=16)
-
-
-def test_nothing_outside_is_used_or_changed():
-    x, before = eight_runs()[0].long(), torch.random.get_rng_state()
-    copy = x.clone()
-    a = predictor.fit(x, 8, 2, seed=3, steps=2)
-    torch.manual_seed(99)
-    b = predictor.fit(x.tolist(), 8, 2, seed=3, steps=2)
-    assert same_weights(a, b) and torch.equal(x, copy)
-    torch.random.set_rng_state(before)
+        for one in (first, second):
+            assert torch.equal(one // n, torch.arange(500))
+    first, second = chosen[1] % 4
+    pairs = torch.bincount(4 * first + second, minlength=16)
+    assert as_likely(pairs, (1 - torch.eye(4)).flatten() / 12)
 
 
 def test_batch_norm_is_right_from_the_first_step_on():
-    g = Grammar.random(8, 2, 3, 3, seed=0)
-    x = g.sample(512, 0)[0]
+    x = Grammar.random(8, 2, 3, 3, seed=0).sample(512, 0)[0]
     learned = predictor.fit(x, 8, 2, lr=0.0, steps=2)
     norm = copy.deepcopy(learned.network.layers[0].norm)
-    phi = learned.network(x[None])[0][0].detach().exp().flatten(2)[0]  # (2048, heads d)
-    assert (norm.var[0, 0] / phi.var(0) - 1).abs().max() < 0.5  # two batches know it as well as that
+    log_phi = learned.network(x[None])[0][0].detach()
+    phi = log_phi.exp().flatten(2)[0]  # (2048, heads d)
+    # two batches know it as well as that
+    assert (norm.var[0, 0] / phi.var(0) - 1).abs().max() < 0.5
     assert (norm.mean[0, 0] - phi.mean(0)).abs().max() < 5 * (phi.var(0).max() / 64) ** 0.5
+
+
+def test_labels_are_the_largest_codes():
+    g = Grammar.random(4, 2, 2, 3, 0)
+    learned, x = predictor.fit(g.sample(64, 0)[0], 4, 2, steps=3), g.sample(20, 1)[0]
+    levels = learned.label(x.tolist())
+    assert torch.equal(levels[0], x)
+    for l, codes in enumerate(learned.codes(x), 1):
+        assert torch.equal(levels[l], codes.argmax(-1)) and levels[l].shape == (20, 2 ** (3 - l))
 
 
 def test_learns_level_1_and_not_from_scrambled_strings():
@@ -1055,161 +889,23 @@ def test_learns_level_1_and_not_from_scrambled_strings():
     scrambled = x.clone()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     scrambled[:, 2:] = x[order, 2:]  # not its cousin any more
+    # the third run is on always fresh strings
     runs = predictor.fit_many([x, scrambled, g], 6, 2, seeds=[0, 0, 0], steps=250)
-    found = [predictor.score(run, g.sample(64, 0), g.sample(1024, (0, 1)))[0][0] for run in runs]
-    assert found[0] > 0.95 and found[1] < 0.8 and found[2] > 0.95  # the third on always fresh strings
+    known, fresh = g.sample(64, 0), g.sample(1024, (0, 1))
+    found = [predictor.score(run, known, fresh)[0][0] for run in runs]
+    assert found[0] > 0.95 and found[1] < 0.8 and found[2] > 0.95
 
 
-def test_recover_of_predictor_keeps_the_sweeps_contract():
-    grammars = [Grammar.random(4, 2, 2, 3, seed) for seed in range(2)]
-    for score in predictor.recover(grammars, [32, 64], [0, 1], steps=3):
-        assert len(score.accuracy) == len(score.collapsed) == len(score.floor) == 3
-        assert all(isinstance(a, float) and 0 <= a <= 1 for a in score.accuracy + score.floor)
-        assert all(isinstance(c, bool) for c in score.collapsed) and score.diverged == 0
-    score = predictor.recover(grammars[:1], [64], [0], lr=1.0, decay=10.0)[0]
-    assert score.accuracy == [0.0] * 3 and score.diverged > 0
-
-
-def test_what_is_learned_labels_new_strings_and_can_be_saved(tmp_path):
-    g = Grammar.random(4, 2, 2, 3, 0)
-    learned = predictor.fit(g.sample(64, 0)[0], 4, 2, steps=3)
-    x = g.sample(20, 1)[0]
-    levels = learned.label(x.tolist())
-    assert [h.shape for h in levels] == [(20, 8), (20, 4), (20, 2)] and torch.equal(levels[0], x)
-    assert torch.equal(levels[2], learned.codes(x)[1].argmax(-1))
-    assert "\n" not in repr(learned) and "latent" in repr(learned)
-    learned.save(tmp_path / "a.pt")
-    again = predictor.load(tmp_path / "a.pt")
-    assert same_weights(learned, again) and repr(learned) == repr(again)
-    assert all(map(torch.equal, again.label(x), levels))
-    for bad in (x[:, :4], x + 4, x.float()):
-        with pytest.raises(ValueError, match="^x: "):
-            learned.label(bad)
-    saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    saved["predictor"]["v"] = 300
-    for wrong in (saved, [1], {"weights": {}}):
-        torch.save(wrong, tmp_path / "b.pt")
-        with pytest.raises(ValueError, match="^file: "):
-            predictor.load(tmp_path / "b.pt")
-
-
-def test_predictor_refuses_bad_input():
-    x = Grammar.random(4, 2, 2, 3, 0).sample(10, 0)[0]
-    for name, settings in [("codes", {"codes": 3}), ("ema", {"ema": 2}), ("gate", {"gate": math.nan}),
-                           ("batch", {"batch": -1}), ("alike", {"alike": "near"}), ("target", {"target": "root"}),
-                           ("width", {"width": 3}), ("preset", {"preset": "mine"})]:
-        with pytest.raises(ValueError, match=f"^{name}: "):
-            predictor.fit(x, 4, 2, **settings)
-    with pytest.raises(ValueError, match="^seeds: "):
-        predictor.fit_many([x, x], 4, 2, seeds=[0])
-    for name, sizes in [("samples", (8, 2, 3, 4, 2**31)), ("depth", (8, 2, 3, 24, 10))]:
-        with pytest.raises(ValueError, match=f"^{name}: "):
-            predictor.check_size(*sizes)
-    for name, settings in [("hidden", {"hidden": 2**20}), ("batch", {"batch": 2**20})]:
-        with pytest.raises(ValueError, match=f"^{name}: "):
-            predictor.check_size(8, 2, 3, 4, 10, **settings)
-
-
-def test_predictor_runs_alone(tmp_path, monkeypatch, capsys):
-    """The command line on a tiny run of the paper's settings: a table, a trace, and weights."""
-    monkeypatch.chdir(tmp_path)
-    flags = "predictor.py --depth 3 --v 4 --m 2 --samples 50 --preset paper --steps 2 --device cpu"
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--trace", "trace.csv", "--save", "a.pt"])
-    predictor.main()
-    out = capsys.readouterr().out
-    assert all(text in out for text in ("symbols in use", "linear probe", "codes=128"))
-    header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
-    assert header == "step,accuracy 1,prediction 1,accuracy 2,prediction 2,v,m,P"
-    assert len(rows) == 2 and rows[0].endswith(",4,2,50")
-    assert predictor.load("a.pt").target == "latent"
-
-
-def test_a_predictor_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    """Two runs beside each other, one of which has diverged by then."""
-    xs, file = eight_runs()[:2], tmp_path / "run"
-    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
-    monkeypatch.setattr(predictor, "BLOCK", 3)
-
-    def poison(step, steps, network, prediction):
-        if step == 2:
-            network.layers[0].predict[0].weight.data[1, 0, 0] = math.nan
-
-    def stop(step, *rest):
-        poison(step, *rest)
-        if step == 8:
-            raise KeyboardInterrupt
-
-    whole = predictor.fit_many(xs, 8, 2, "latent", [0, 1], poison, steps=13)
-    with pytest.raises(KeyboardInterrupt):
-        predictor.fit_many(xs, 8, 2, "latent", [0, 1], stop, resume=file, steps=13)
-    assert torch.load(file, weights_only=True)["step"] == 6
-    again = predictor.fit_many(xs, 8, 2, "latent", [0, 1], poison, resume=file, steps=13)
-    ended = predictor.fit_many(xs, 8, 2, "latent", [0, 1], resume=file, steps=13)
-    assert all(map(same_weights, whole, again)) and all(map(same_weights, whole, ended))
-    assert [run.diverged for run in again] == [run.diverged for run in ended] == [0, 3]
-    state = file.read_bytes()
-    for change in ({"target": "token"}, {"seeds": [0, 2]}, {"steps": 14}, {"xs": xs[::-1]}):
-        more = {"xs": xs, "target": "latent", "seeds": [0, 1], "steps": 13} | change
-        with pytest.raises(ValueError, match="^resume: .* is of another run: .* there, .* here$"):
-            predictor.fit_many(v=8, s=2, resume=file, **more)
-    with pytest.raises(ValueError, match="^resume: is for runs that train in one loop"):
-        predictor.fit_many([xs[0], xs[1][:20]], 8, 2, seeds=[0, 1], resume=file, epochs=4)
-    assert file.read_bytes() == state
-
-
-def test_a_trace_goes_on_where_its_run_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
-    monkeypatch.setattr(predictor, "BLOCK", 2)
-    flags = "predictor.py --depth 2 --v 4 --m 2 --samples 50 --steps 5 --device cpu --trace trace --resume run"
-    monkeypatch.setattr(sys, "argv", flags.split())
-    predictor.main()
-    table, trace = capsys.readouterr().out, Path("trace").read_text()
-    fit = predictor.fit
-
-    def stopped(x, v, s, target, seed, watch, resume, **settings):
-        def stop(step, *rest):
-            watch(step, *rest)
-            if step == 3:
-                raise KeyboardInterrupt
-
-        return fit(x, v, s, target, seed, watch=stop, resume=resume, **settings)
-
-    os.remove("run")
-    monkeypatch.setattr(predictor, "fit", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        predictor.main()
-    with open("trace", "a") as file:
-        file.write("4,0.1")  # a row that a kill cut short
-    monkeypatch.setattr(predictor, "fit", fit)
-    predictor.main()
-    assert Path("trace").read_text() == trace and capsys.readouterr().out == table
-
-
-@pytest.mark.parametrize("flags", [
-    "--save x --trace x", "--resume x --save x", "--save no/x --trace x", "--trace no/x", "--codes 3 --trace x", "--hidden 999999999",
-    "--samples 2147483647", "--alike near",
-])
-def test_a_refused_predictor_leaves_nothing_behind(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["predictor.py", *flags.split()])
-    with pytest.raises(SystemExit) as end:
-        predictor.main()
-    said = capsys.readouterr()
-    assert end.value.code == 2 and said.err.count("\n") == 1 and flags.split()[0] in said.err
-    assert not list(tmp_path.iterdir()) and not said.out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # data2vec.py
 
 
 TINY = {
     "tree": {"width": 16, "hidden": 24, "steps": 3, "batch": 8},
-    "transformer": {"preset": "transformer", "width": 16, "hidden": 24, "layers": 3, "steps": 3, "batch": 8,
-                    "attention_bias": True, "dropout": 0.1},
+    "transformer": {"preset": "transformer", "width": 16, "hidden": 24, "layers": 3, "steps": 3,
+                    "batch": 8, "attention_bias": True, "dropout": 0.1},
 }
-both = pytest.mark.parametrize("preset", TINY)
+both_presets = pytest.mark.parametrize("preset", TINY)
 every_target = pytest.mark.parametrize("target", data2vec.TARGETS)
 
 
@@ -1217,22 +913,8 @@ def options(**settings):
     return grammar.read_settings(data2vec.SETTINGS, data2vec.PRESETS, settings)
 
 
-def drawn(n, v=4, s=2, L=3, m=2):
-    """n grammars, and strings of each, no two samples of one size."""
-    grammars = [Grammar.random(v, s, m, L, i) for i in range(n)]
-    return grammars, [g.sample(20 + 7 * i, i)[0] for i, g in enumerate(grammars)]
-
-
 def streams(seeds):
     return [(data2vec.stream(seed, 1), data2vec.stream(seed, 2)) for seed in seeds]
-
-
-def weights(model):
-    return [w.clone() for w in model.encoder.parameters()]
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
@@ -1248,43 +930,28 @@ def test_mask_hides_whole_aligned_blocks_at_its_rate(k):
 
 
 def test_mask_of_several_levels_gives_every_string_one_of_them():
-    hidden = data2vec.draw_mask(6000, 4, 2, 0.0, "mixed", torch.Generator().manual_seed(0))  # rate 0: one block each
-    sizes = hidden.sum(1)
+    def draw(B, L, rate, block):
+        random = torch.Generator().manual_seed(0)
+        return data2vec.draw_mask(B, L, 2, rate, block, random)
+
+    sizes = draw(6000, 4, 0.0, "mixed").sum(1)  # rate 0: one block each
     for size in (1, 2, 4):
         assert abs((sizes == size).float().mean() - 1 / 3) < 0.03
-    top = data2vec.draw_mask(6, 4, 2, 0.0, "top", torch.Generator().manual_seed(0))
+    top = draw(6, 4, 0.0, "top")
     assert (top.view(6, 4, 4).all(2).sum(1) == 1).all() and (top.sum(1) == 4).all()
-    full = data2vec.draw_mask(5, 3, 2, 1.0, 0, torch.Generator().manual_seed(0))
-    assert full.all()
+    assert draw(5, 3, 1.0, 0).all()
 
 
-def test_the_student_does_not_see_what_is_hidden_and_the_teacher_sees_all(monkeypatch):
-    seen, build = [], data2vec.ENCODERS["tree"]
-
-    def watched(*arguments):
-        encoder = build(*arguments)
-        encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        return encoder
-
-    monkeypatch.setitem(data2vec.ENCODERS, "tree", watched)
-    _, xs = drawn(2)
-    data2vec.fit_many(xs, 4, 2, "latent", [0, 1], **TINY["tree"])
-    steps = data2vec.batches(xs, 3, 2, [0, 1], streams([0, 1]), options(**TINY["tree"]))
-    for i, (x, hidden) in enumerate(steps):
-        assert torch.equal(seen[2 * i], x) and x.max() < 4
-        assert torch.equal(seen[2 * i + 1], torch.where(hidden, 4, x)) and hidden.any(2).all()
-    assert len(seen) == 6
-
-
-@both
+@both_presets
 @every_target
 def test_loss_is_the_loop_over_masked_positions(preset, target):
-    """The loss of the first step, of three runs at once, against one position of one run at a time."""
-    settings = options(**{**TINY[preset], "dropout": 0.0, "top": 2})
-    _, xs = drawn(3)
-    losses, v = [], 4
-    data2vec.fit_many(xs, v, 2, target, [4, 5, 6], lambda step, steps, network, loss: losses.append(loss), **vars(settings))
-    x, hidden = next(data2vec.batches(xs, 3, 2, [4, 5, 6], streams([4, 5, 6]), settings))
+    """The first loss of three runs at once, against one position of one run at a time. The
+    student does not see what is hidden, the teacher sees all."""
+    settings = options(**TINY[preset] | {"dropout": 0.0, "top": 2})
+    xs, v, seeds, losses = samples_of(3), 4, [4, 5, 6], []
+    watch = lambda step, steps, network, loss: losses.append(loss)  # noqa: E731
+    data2vec.fit_many(xs, v, 2, target, seeds, watch, **vars(settings))
+    x, hidden = next(data2vec.batches(xs, 3, 2, seeds, streams(seeds), settings))
 
     def standard(h):
         return (h - h.mean()) / (h.var(correction=0) + 1e-5) ** 0.5
@@ -1293,18 +960,20 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
         gap = (a - b).abs()
         return torch.where(gap < 4, gap**2 / 8, gap - 2).mean()
 
-    for r, seed in enumerate((4, 5, 6)):
+    for r, seed in enumerate(seeds):
         start = [data2vec.stream(seed, 0)]
         encoder = data2vec.initialise(data2vec.ENCODERS[preset](1, v, 2, 3, settings), start)
-        sizes = [8] if target == "token" else [16] * (1 if target == "latent" else 2)  # 4 tokens, in a multiple of 8
+        # 4 tokens, in a multiple of 8
+        sizes = {"token": [8], "latent": [16]}.get(target, [16, 16])
         heads = [data2vec.initialise(data2vec.Linear(1, 16, size), start) for size in sizes]
+        # the last two maps of the student and the teacher, each (B, T, d)
         maps = [[data2vec.pool(h, 8)[0] for h in encoder(tokens[r : r + 1])[-2:]]
-                for tokens in (x.masked_fill(hidden, v), x)]  # of the student and the teacher, each (B, T, d)
+                for tokens in (x.masked_fill(hidden, v), x)]
         terms = []
         for b, t in hidden[r].nonzero().tolist():
             own, whole = ([standard(h[b, t]) for h in some] for some in maps)
-            said = [h @ head.weight[0] + head.bias[0, 0] for h, head in zip(own if target == "stacked"
-                                                                            else [own[-1]] * 2, heads)]
+            sources = own if target == "stacked" else [own[-1]] * 2
+            said = [h @ head.weight[0] + head.bias[0, 0] for h, head in zip(sources, heads)]
             if target == "token":
                 terms.append(-F.log_softmax(said[0][:v], 0)[x[r, b, t]])
             elif target == "latent":
@@ -1316,19 +985,16 @@ def test_loss_is_the_loop_over_masked_positions(preset, target):
 
 def test_gradients_are_clipped_run_by_run():
     random = torch.Generator().manual_seed(0)
-    sizes = [(3, 4, 5), (3, 1, 7)]
-    stacked = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     scale = torch.tensor([0.01, 1.0, 100.0]).view(3, 1, 1)
-    for w in stacked:
-        w.grad = torch.randn(w.shape, generator=random) * scale
-    single = [[torch.nn.Parameter(w[r].detach()) for w in stacked] for r in range(3)]
-    for r, run in enumerate(single):
-        for w, all_runs in zip(run, stacked):
-            w.grad = all_runs.grad[r].clone()
-    norms = data2vec.clip_each_run(stacked)
-    for r, run in enumerate(single):
-        assert torch.allclose(norms[r], torch.nn.utils.clip_grad_norm_(run, data2vec.CLIP))
-        assert all(torch.allclose(w.grad, every.grad[r], rtol=1e-5) for w, every in zip(run, stacked))
+    grads = [torch.randn(size, generator=random) * scale for size in [(3, 4, 5), (3, 1, 7)]]
+    weights = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for w, grad in zip(weights, grads):
+        w.grad = grad.clone()
+    norms = data2vec.clip_each_run(weights)
+    assert torch.allclose(norms, torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1))
+    factors = (data2vec.CLIP / norms).clamp(max=1).view(3, 1, 1)
+    for w, grad in zip(weights, grads):
+        assert torch.allclose(w.grad, grad * factors, rtol=1e-5)
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
@@ -1340,9 +1006,9 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     assert [data2vec.learning_rate(step, settings) for step in (10, 100)] == [1.0, 1.0]
 
 
-@both
+@both_presets
 def test_teacher_is_the_closed_form_average_without_gradient(preset, monkeypatch):
-    """After k steps: ema^k start + (1 - ema) sum_i ema^(k-i) student_i, with the students recorded while training."""
+    """ema^k start + (1 - ema) sum_i ema^(k-i) student_i after k steps, of recorded students."""
     students, follow = [], data2vec.follow
 
     def recorded(teacher, student, ema):
@@ -1353,189 +1019,71 @@ def test_teacher_is_the_closed_form_average_without_gradient(preset, monkeypatch
         assert all(not w.requires_grad and w.grad is None for w in teacher.parameters())
 
     monkeypatch.setattr(data2vec, "follow", recorded)
-    settings = {**TINY[preset], "steps": 5, "ema": 0.9}
-    model = data2vec.fit_many(drawn(1)[1], 4, 2, "latent", [0], watch, **settings)[0]
-    for j, (start, last) in enumerate(zip(model.untrained.parameters(), model.encoder.parameters())):
-        expected = 0.9**5 * start + sum(0.1 * 0.9 ** (4 - i) * students[i][j] for i in range(5))
-        assert torch.allclose(last, expected, atol=1e-6)
+    settings = TINY[preset] | {"steps": 5, "ema": 0.9}
+    (model,) = data2vec.fit_many(samples_of(1), 4, 2, "latent", [0], watch, **settings)
+    pairs = zip(model.untrained.parameters(), model.encoder.parameters())
+    for j, (start, last) in enumerate(pairs):
+        steps = sum(0.1 * 0.9 ** (4 - i) * students[i][j] for i in range(5))
+        assert torch.allclose(last, 0.9**5 * start + steps, atol=1e-6)
     assert not equal(students[0], students[-1])
 
 
-@both
-@every_target
-def test_a_run_does_not_depend_on_its_neighbours(preset, target):
-    """The same bytes alone, as one of 3 and as one of 8, at a vocabulary that is no multiple of 8."""
-    grammars, xs = drawn(8, v=5)
-    xs[3] = grammars[3]  # always fresh strings beside fixed ones
-    runs = [data2vec.fit_many([xs[i] for i in some], 5, 2, target, some, **TINY[preset]) for some in
-            (range(8), range(2, 5), [2], [3])]
-    alone, online = (weights(run[0]) for run in runs[2:])
-    assert equal(alone, weights(runs[0][2])) and equal(alone, weights(runs[1][0]))
-    assert equal(online, weights(runs[0][3])) and equal(online, weights(runs[1][1]))
-    assert not equal(alone, weights(runs[0][1]))
-
-
-def test_a_diverged_run_stops_and_its_neighbours_go_on(monkeypatch):
-    """The loss of run 1 is NaN in step 3: it keeps the weights of step 2, and the others are as without it."""
-    _, xs = drawn(3)
-    settings = {**TINY["tree"], "steps": 6, "cooldown": 0}
-    alone = [data2vec.fit(xs[i], 4, 2, "latent", i, **{**settings, "steps": n}) for i, n in ((0, 6), (1, 2), (2, 6))]
-    calls, smooth_l1 = [], data2vec.smooth_l1
-
-    def poisoned(prediction, goal):
-        calls.append(0)
-        poison = torch.tensor([1, np.nan if len(calls) == 3 else 1, 1]).view(-1, 1, 1)
-        return smooth_l1(prediction, goal) * poison
-
-    monkeypatch.setattr(data2vec, "smooth_l1", poisoned)
-    models = data2vec.fit_many(xs, 4, 2, "latent", range(3), **settings)
-    assert [model.diverged for model in models] == [0, 3, 0]
-    assert all(equal(weights(a), weights(b)) for a, b in zip(alone, models))
-
-
-def test_divergence_is_reported(tmp_path, monkeypatch, capsys):
-    g = Grammar.random(4, 2, 2, 3, 0)
-    wild = {**TINY["tree"], "steps": 300, "lr": 1.0, "decay": 10.0, "warmup": 1}
-    with pytest.raises(FloatingPointError, match="^step [0-9]+: the loss is not finite; lower lr or decay$"):
-        data2vec.fit(g.sample(50)[0], 4, 2, **wild)
-    score = data2vec.recover([g], [50], [0], **wild, probe_strings=50, test_strings=50, probe_steps=5)[0]
-    assert score.accuracy == [0.0, 0.0, 0.0] and score.diverged > 1 and len(score.floor) == 3
-    flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 300 --batch 8 --width 16 --hidden 24 --lr 1 --decay 10"
-    flags += f" --warmup 1 --probes 100 --probe-strings 50 --probe-steps 5 --test-strings 50 --trace {tmp_path / 'trace.csv'}"
-    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
-    with pytest.raises(SystemExit) as end:
-        data2vec.main()
-    assert end.value.code == 1 and capsys.readouterr().err.strip().splitlines()[-1].startswith("data2vec.py: step ")
-    assert len((tmp_path / "trace.csv").read_text().splitlines()) > 2  # what came before is on disk
-
-
-@both
-def test_features_know_the_tree_and_a_checkpoint_gives_them_again(preset, tmp_path):
-    model = data2vec.fit(drawn(1)[1][0].tolist(), 4, 2, "several", **TINY[preset])
-    x = drawn(2)[1][1]
+@both_presets
+def test_features_know_the_tree_and_see_all_of_it(preset):
+    x, other = samples_of(2)
+    model = data2vec.fit(other.tolist(), 4, 2, "several", **TINY[preset])
     maps = model.features(x)
     nodes = [2, 4, 8] if preset == "tree" else [8, 8, 8]
-    assert [tuple(h.shape) for h in maps] == [(27, n, 16) for n in nodes]
+    assert [tuple(h.shape) for h in maps] == [(50, n, 16) for n in nodes]
     changed = x.clone()
     changed[:, 7] = (x[:, 7] + 1) % 4
-    assert not torch.allclose(model.features(changed)[-1][:, 0], maps[-1][:, 0])  # the first token has seen the last
-    model.save(tmp_path / "encoder.pt")
-    loaded = data2vec.load(tmp_path / "encoder.pt")
-    assert equal(loaded.features(x), maps) and repr(loaded) == repr(model) and "\n" not in repr(model)
-    assert equal(loaded.network.heads.parameters(), model.network.heads.parameters())
-    for name, content in (("text", b"hello"), ("empty", b""), ("other", None)):
-        file = tmp_path / name
-        torch.save({"v": 8}, file) if content is None else file.write_bytes(content)
-        with pytest.raises(ValueError, match="^file: .* was not written by data2vec.py"):
-            data2vec.load(file)
-
-
-@pytest.mark.parametrize("x, settings, message", [
-    ([[0, 1, 2, 4]], {}, "x: must hold symbols 0..3"),  # 4 is the number of a hidden token
-    ([[0.0, 1.0, 2.0, 3.0]], {}, "x: must hold whole numbers"),
-    ([[0, 1, 2]], {}, "x: must be"),
-    ([[0, 1, 2, 3]], {"width": 12}, "width: must be a multiple of 8"),
-    ([[0, 1, 2, 3]], {"mask_block": 2}, "mask-block: must be from 0 to depth-1"),
-    ([[0, 1, 2, 3]], {"mask_block": "Top"}, "mask-block: must be"),
-    ([[0, 1, 2, 3]], {"online": True}, "online: needs a Grammar"),
-    ([[0, 1, 2, 3]], {"target": "labels"}, "target: must be one of"),
-    ([[0, 1, 2, 3]], {"preset": "transformer", "heads": 7}, "width: must be a multiple of heads"),
-    ([[0, 1, 2, 3]], {"batch": 2**20, "width": 2**14}, "batch: a step of"),
-    ([[0, 1, 2, 3]], {"width": 2**14, "hidden": 2**16}, "width: .* weights would need"),
-])
-def test_fit_of_data2vec_refuses_bad_input(x, settings, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        data2vec.fit(x, 4, 2, **settings)
-
-
-@both
-def test_same_seed_same_weights_and_the_global_generator_is_left_alone(preset):
-    before, x = torch.random.get_rng_state(), drawn(1)[1][0]
-    copy = x.clone()
-    runs = [weights(data2vec.fit(x, 4, 2, "stacked", seed, **TINY[preset])) for seed in (5, 5, 6)]
-    assert torch.equal(before, torch.random.get_rng_state()) and torch.equal(x, copy)
-    assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
+    # the first token has seen the last
+    assert not torch.allclose(model.features(changed)[-1][:, 0], maps[-1][:, 0])
 
 
 def test_offline_repeats_p_strings_and_online_never():
     g, settings = Grammar.random(8, 2, 4, 4, 0), options(steps=150, batch=16)
-    offline, online = g.sample(20, 3)[0], g
-    steps = list(data2vec.batches([offline, online], 4, 2, [3, 3], streams([3, 3]), settings))
+    strings = g.sample(20, 3)[0]
+    steps = data2vec.batches([strings, g], 4, 2, [3, 3], streams([3, 3]), settings)
     x = torch.stack([x for x, _ in steps], 1).flatten(1, 2)  # (2, 2400, T)
     assert x.shape == (2, 2400, 16) and x.dtype == torch.int64
-    assert {tuple(row) for row in x[0].tolist()} == {tuple(row) for row in offline.tolist()}
+    assert {tuple(row) for row in x[0].tolist()} == {tuple(row) for row in strings.tolist()}
     assert len(x[1].unique(dim=0)) > 2390
 
 
-@pytest.mark.parametrize("l", [1, 2, 3])
-def test_synonym_swap_keeps_what_is_above_and_generic_swap_changes_the_parent(l):
-    g = Grammar.random(8, 3, 4, 3, 1)
-    levels = g.sample(600, 5)
-    synonym, node = g.swap(levels, l, "synonym", 2)
-    generic, same = g.swap(levels, l, "generic", 2)
-    rows = torch.arange(600)
-    assert torch.equal(node, same)
-    assert all(torch.equal(a, b) for a, b in zip(g.parse(synonym[0]), synonym))  # still a derivation
-    assert all(torch.equal(synonym[k], levels[k]) for k in range(l, 4))
-    for swapped in (synonym, generic):
-        for k in range(l + 1):  # nothing outside the node changes
-            new, old = (h[k].view(600, -1, 3 ** (l - k)).clone() for h in (swapped, levels))
-            if k < l:
-                assert (new[rows, node] != old[rows, node]).any(1).float().mean() > 0.9
-            new[rows, node] = old[rows, node]
-            assert torch.equal(new, old)
-        assert (swapped[l - 1].view(600, -1, 3)[rows, node] != levels[l - 1].view(600, -1, 3)[rows, node]).any(1).all()
-    share = (generic[l][rows, node] != levels[l][rows, node]).float().mean()
-    assert abs(share - 28 / 31) < 0.06  # of the 31 other tuples, 28 have another parent
-    assert all(torch.equal(generic[k], levels[k]) for k in range(l + 1, 4))
-    single = Grammar.random(8, 3, 1, 3, 1)
-    with pytest.raises(ValueError, match="m: must be 2 or more"):
-        single.swap(single.sample(5, 0), 1, "synonym")
-    with pytest.raises(ValueError, match="l: must be a whole number from 1 to 3"):
-        g.swap(levels, 4, "generic")
-
-
-def test_probes_read_planted_features_and_nothing_else():
+def test_the_mlp_probe_reads_planted_features_and_nothing_else():
     random = torch.Generator().manual_seed(0)
     labels, test = (torch.randint(8, (n,), generator=random) for n in (2048, 4096))
     planted = torch.randn(8, 32, generator=random)
+    probe = partial(data2vec.mlp_probe, v=8, steps=150, lr=2e-2)
     stacked = []
     for size, low, high in ((1.0, 0.99, 1.0), (0.0, 0.08, 0.17)):
-        train, fresh = (size * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random) for y in (labels, test))
-        right = (linear_probe(train, labels, 8)(fresh).argmax(1) == test).float().mean()
-        assert low <= right <= high
-        answer = data2vec.mlp_probe(train[None], labels[None], 8, steps=150, lr=2e-2)(fresh[None])
-        assert low <= (answer[0] == test).float().mean() <= high
-        stacked.append((train, fresh, answer[0]))
-    train, fresh, answer = (torch.stack(parts) for parts in zip(*stacked))
-    both_at_once = data2vec.mlp_probe(train, labels.expand(2, -1), 8, steps=150, lr=2e-2)(fresh)
-    assert torch.equal(both_at_once, answer)
+        known, fresh = (size * planted[y] + 0.1 * torch.randn(len(y), 32, generator=random)
+                        for y in (labels, test))
+        (answer,) = probe(known[None], labels[None])(fresh[None])
+        assert low <= (answer == test).float().mean() <= high
+        stacked.append((known, fresh, answer))
+    known, fresh, answer = (torch.stack(parts) for parts in zip(*stacked))
+    assert torch.equal(probe(known, labels.expand(2, -1))(fresh), answer)  # both at once
 
 
 def oracle(g, level, raw):
-    """Features that parse: the only map shows, at every position, a random vector per symbol of level `level`, or per
-    level-(level-1) tuple if `raw`, which knows the tuple but not that it has synonyms."""
-    size = g.v**g.s if raw else g.v
-    vectors = torch.randn(size, 64, generator=torch.Generator().manual_seed(1))
+    """Features that parse: at every position a random vector for each symbol of the level. raw:
+    for each tuple below, without knowing which are synonyms. Another map is noise."""
+    random = torch.Generator().manual_seed(1)
+    vectors = torch.randn(g.v**g.s, 64, generator=random)
 
     def features(x):
-        levels = plain_parse(g, x, level)
-        ids = levels[level].long()
-        if raw:
-            ids = tuple_codes(levels[level - 1].unflatten(1, (-1, g.s)), g.v)
-        return [vectors[ids].repeat_interleave(g.s**level, 1)]
+        symbols = x  # of strings that may have no derivation above this level
+        for rules in g.rules[:level]:
+            parent = torch.zeros(g.v**g.s, dtype=torch.long)
+            parent[tuple_codes(rules, g.v)] = torch.arange(g.v)[:, None]
+            codes = tuple_codes(symbols.unflatten(1, (-1, g.s)), g.v)
+            symbols = parent[codes]
+        known = vectors[codes if raw else symbols].repeat_interleave(g.s**level, 1)
+        return [torch.randn(known.shape, generator=random), known][raw:]
 
     return features
-
-
-def plain_parse(g, x, level):
-    """Levels of strings that may have no derivation above `level`, which is all that a swap on it needs."""
-    levels = [x]
-    for rules in g.rules[:level]:
-        tuples = levels[-1].unflatten(1, (-1, g.s))
-        found = (tuples[:, :, None] == rules.reshape(-1, g.s).to(x)).all(3)
-        levels.append((found.int().argmax(2) // g.m).to(x.dtype))
-    return levels
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -1545,48 +1093,35 @@ def test_unseen_synonym_accuracy_tells_knowing_a_level_from_looking_it_up(level)
     assert unseen[level - 1] == 1 and seen[level - 1] == 1 and not collapsed[level - 1]
     unseen, seen, _ = data2vec.unseen_synonyms(oracle(g, level, raw=True), g, 0, settings)
     assert seen[level - 1] > 0.99 and unseen[level - 1] < 0.4
-    levels = g.sample(2048, 0, without=level)
-    codes = tuple_codes(levels[level - 1].unflatten(1, (-1, 2)), 8).unique().tolist()
-    allowed = tuple_codes(g.rules[level - 1][:, 1:].flatten(0, 1), 8).tolist()
-    assert sorted(codes) == sorted(allowed) and equal(g.parse(levels[0]), levels)
-    with pytest.raises(ValueError, match="^m: must be 2 or more"):
+    with refused("m: must be 2 or more"):
         data2vec.unseen_synonyms(lambda x: [], Grammar.random(8, 2, 1, 3, 0), 0, settings)
-
-
-def test_best_of_several_maps_counts():
-    """Two maps, one that knows level 1 and one of noise, are as good as the one."""
-    g, settings = Grammar.random(8, 2, 3, 3, 0), options(test_strings=512)
-    known, noise = oracle(g, 1, raw=False), torch.Generator().manual_seed(0)
-
-    def features(x):
-        maps = known(x)
-        return [torch.randn(maps[0].shape, generator=noise), *maps]
-
-    assert data2vec.unseen_synonyms(features, g, 0, settings)[0][0] == 1
 
 
 def test_synonym_score_is_one_for_latents_and_about_zero_for_tuples():
     g, settings = Grammar.random(8, 2, 3, 3, 0), options(test_strings=1024)
-    assert data2vec.synonym_scores(oracle(g, 1, raw=False), g, 0, settings)[0] == 1
-    assert abs(data2vec.synonym_scores(oracle(g, 1, raw=True), g, 0, settings)[0]) < 0.1
+    latent, raw = (data2vec.synonym_scores(oracle(g, 1, raw), g, 0, settings)[0]
+                   for raw in (False, True))
+    assert latent == 1 and abs(raw) < 0.1
 
 
 def test_token_losses_are_those_of_a_loop_and_of_enumeration():
-    g, few = Grammar.random(3, 2, 2, 2, 1, zipf=1.0), {"test_strings": 20, "mask": 0.4, "mask_block": 0}
+    g = Grammar.random(3, 2, 2, 2, 1, zipf=1.0)
+    few = {"test_strings": 20, "mask": 0.4, "mask_block": 0}
     model = data2vec.fit(g, 3, 2, "token", 5, **TINY["tree"], **few)
-    found = data2vec.token_losses(model, g, 5)
     x = g.sample(20, (5, 1))[0].long()
     hidden = data2vec.draw_mask(20, 2, 2, 0.4, 0, data2vec.stream(5, 1))
     levels, chance = every_string(g)
+    (head,) = model.network.heads
     terms = []
     for b, t in hidden.nonzero().tolist():
-        last = model.encoder(torch.where(hidden, 3, x)[None, b : b + 1])[-1][0, 0, t]
-        said = last @ model.network.heads[0].weight[0] + model.network.heads[0].bias[0, 0]
+        seen = torch.where(hidden, 3, x)[None, b : b + 1]
+        said = model.encoder(seen)[-1][0, 0, t] @ head.weight[0] + head.bias[0, 0]
         same, token = (levels[0] == x[b])[:, ~hidden[b]].all(1), levels[0][:, t] == x[b, t]
         known = chance[same & token].sum() / chance[same].sum()
-        terms.append([-F.log_softmax(said[:3], 0)[x[b, t]].item(), -known.log(), -chance[token].sum().log()])
-    assert np.allclose(found, np.mean(terms, 0), rtol=1e-5)
-    with pytest.raises(ValueError, match="^model: must be trained with target token, not latent"):
+        by_model = -F.log_softmax(said[:3], 0)[x[b, t]].item()
+        terms.append([by_model, -known.log(), -chance[token].sum().log()])
+    assert np.allclose(data2vec.token_losses(model, g, 5), np.mean(terms, 0), rtol=1e-5)
+    with refused("model: must be trained with target token, not latent"):
         data2vec.token_losses(data2vec.fit(g, 3, 2, **TINY["tree"]), g, 5)
 
 
@@ -1608,114 +1143,16 @@ def test_collapse_is_seen():
     assert std > 0.5 and 4 < rank <= 7.001
 
 
-@both
-def test_it_runs_alone(preset, tmp_path, monkeypatch, capsys):
-    """The command line on a tiny run: a table, a trace, and weights that can be loaded."""
-    flags = "--depth 3 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target several".split()
-    flags += ["--preset", preset, "--trace", str(tmp_path / "trace.csv"), "--save", str(tmp_path / "encoder.pt")]
-    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags, "--probe-strings", "100", "--test-strings", "100", "--probe-steps", "5",
-                                      "--probes", "2"])
-    data2vec.main()
-    out = capsys.readouterr().out
-    assert all(text in out for text in ("level 1", "level 2", "unseen synonyms", "MLP probe", "untrained"))
-    header, *rows = (tmp_path / "trace.csv").read_text().splitlines()
-    assert header.endswith(",unseen 1,unseen 2,synonyms 1,synonyms 2,v,m,P") and len(rows) == 2
-    x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
-    model = data2vec.fit(x, 4, 2, "several", 0, preset=preset, steps=2, batch=8, width=16, hidden=16)
-    assert equal(data2vec.load(tmp_path / "encoder.pt").features(x), model.features(x))
-    assert "Bayes" not in out
-
-
-def test_target_token_is_shown_beside_the_bayes_limit(monkeypatch, capsys):
-    flags = "--depth 2 --v 4 --m 2 --samples 50 --steps 2 --batch 8 --width 16 --hidden 16 --target token"
-    monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split()])
-    data2vec.main()
-    out = capsys.readouterr().out
-    assert "on 8 fresh strings" in out  # a trial of two steps is not measured on thousands
-    last = out.splitlines()[-1]
-    assert re.fullmatch("loss per hidden token [0-9.]+, exact Bayes limit [0-9.]+, unigram [0-9.]+", last)
-
-
-def test_trace_and_save_are_two_files_and_nothing_is_left_by_a_refusal(tmp_path, monkeypatch, capsys):
-    for flags in (["--trace", "both", "--save", "./both"], ["--trace", "trace.csv", "--save", "NOWHERE/x.pt"]):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags])
-        with pytest.raises(SystemExit) as end:
-            data2vec.main()
-        assert end.value.code == 2 and capsys.readouterr().err.startswith("data2vec.py: argument --save: ")
-    assert not list(tmp_path.iterdir())
-
-
-# a script that is killed in its 8th step, of blocks of two, and writes its state after each
-KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, {here!r})
-import data2vec, grammar
-torch.set_num_threads(1)
-grammar.SAVE_EVERY, data2vec.DRAWN = 0, 2
-follow, calls = data2vec.follow, []
-def killed(*rest):
-    calls.append(follow(*rest))
-    if len(calls) == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-data2vec.follow = killed
-data2vec.main()
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys):
-    flags = "--preset transformer --depth 2 --v 4 --m 2 --samples 50 --steps 9 --batch 8 --width 16 --hidden 16"
-    flags += " --dropout 0.1 --probes 9 --probe-strings 50 --test-strings 50 --probe-steps 5 --device cpu"
-    flags += " --resume run --trace trace --save model"
-    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
-    monkeypatch.setattr(data2vec, "DRAWN", 2)
-
-    def go_on(folder, *more):
-        folder.mkdir(exist_ok=True)
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["data2vec.py", *flags.split(), *more])
-        data2vec.main()
-        table = capsys.readouterr().out.partition("on 50 fresh")[2]
-        return table, (folder / "trace").read_bytes(), data2vec.load("model").network
-
-    table, trace, whole = go_on(tmp_path / "whole")
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    command = [sys.executable, "-c", KILLED.format(here=str(HERE)), *flags.split()]
-    assert subprocess.run(command, cwd=killed, capture_output=True).returncode == -9
-    assert torch.load(killed / "run", weights_only=True)["step"] == 6
-    again = go_on(killed)
-    assert again[:2] == (table, trace) and equal(again[2].parameters(), whole.parameters())
-    # it is at its end, and remains there; other runs are refused
-    again = go_on(killed)
-    assert again[:2] == (table, trace) and equal(again[2].parameters(), whole.parameters())
-    state = (killed / "run").read_bytes()
-    for change in ("--lr 0.5", "--steps 10", "--seed 1", "--samples 49", "--depth 3", "--target token"):
-        with pytest.raises(SystemExit) as end:
-            go_on(killed, *change.split())
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and said.startswith("data2vec.py: argument --resume: run is of another run")
-    assert (killed / "run").read_bytes() == state
-    (killed / "run").write_bytes(b"mine")
-    with pytest.raises(SystemExit):
-        go_on(killed)
-    assert (killed / "run").read_bytes() == b"mine" and (killed / "trace").read_bytes() == trace
-
-
 def test_bfloat16_and_compile_are_options_that_are_refused_where_they_fail(monkeypatch):
-    g, losses = Grammar.random(4, 2, 2, 3, 0), []
-    for half in (False, True):
-        watch = lambda step, steps, network, loss: losses.append(loss.item())  # noqa: E731
+    g, losses = Grammar.random(4, 2, 2, 3, 0), {False: [], True: []}
+    for half, found in losses.items():
+        watch = lambda step, steps, network, loss: found.append(loss.item())  # noqa: E731
         data2vec.fit(g, 4, 2, "latent", 0, watch, **TINY["tree"], bfloat16=half)
-    assert np.allclose(losses[:3], losses[3:], rtol=0.02) and losses[:3] != losses[3:]
-
-    def missing(*arguments):
-        raise RuntimeError("there is none\nfurther reading")
-
-    monkeypatch.setattr(torch, "compile", missing)
-    monkeypatch.setattr(torch, "autocast", missing)
-    for name in ("bfloat16", "compile"):
-        with pytest.raises(ValueError, match=f"^{name}: does not work on cpu here: there is none$"):
+    assert np.allclose(losses[False], losses[True], rtol=0.02) and losses[False] != losses[True]
+    for name, function in (("bfloat16", "autocast"), ("compile", "compile")):
+        missing = failing(RuntimeError("there is none\nfurther reading"))
+        monkeypatch.setattr(torch, function, missing)
+        with refused(f"{name}: does not work on cpu here: there is none$"):
             data2vec.fit(g, 4, 2, **TINY["tree"], **{name: True})
 
 
@@ -1729,65 +1166,390 @@ def one_of_two(rank, port, argv):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked only on Linux")
 @pytest.mark.parametrize("preset, target", [("tree", "latent"), ("transformer", "token")])
-def test_two_processes_train_as_one(preset, target, tmp_path, monkeypatch, capsys):
-    """The same loss at every step, to 1e-4, from a batch that is split 5 to 4; one of them writes the files."""
-    flags = f"data2vec.py --preset {preset} --depth 3 --v 4 --m 2 --samples 50 --steps 12 --batch 9 --dropout 0.1"
-    flags += f" --width 16 --hidden 16 --target {target} --probes 12 --probe-strings 50 --test-strings 50"
-    flags += f" --probe-steps 5 --warmup 1 --device cpu --trace {tmp_path}/"
-    monkeypatch.setattr(sys, "argv", (flags + "one").split())
-    data2vec.main()
+def test_two_processes_train_as_one(preset, target, call):
+    """The same loss at every step, to 1e-4, from batches split 5 to 4; one writes the files."""
+    flags = f"--preset {preset} --target {target} --depth 3 --v 4 --m 2 --samples 50 --steps 12"
+    flags += " --batch 9 --dropout 0.1 --width 16 --hidden 16 --warmup 1 --device cpu"
+    flags += " --probes 12 --probe-strings 50 --test-strings 50 --probe-steps 5"
+    call("data2vec", flags + " --trace one")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     fork = torch.multiprocessing.get_context("fork")
-    argv = (flags + f"two --resume {tmp_path}/run").split()
+    argv = f"data2vec.py {flags} --trace two --resume run".split()
     ranks = [fork.Process(target=one_of_two, args=(rank, port, argv)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
-    one, two = (np.genfromtxt(tmp_path / name, delimiter=",", skip_header=1) for name in ("one", "two"))
+    one, two = (np.genfromtxt(name, delimiter=",", skip_header=1) for name in ("one", "two"))
     assert one.shape == (12, 11) and np.allclose(one[:, 1], two[:, 1], rtol=1e-4)
-    assert torch.load(tmp_path / "run", weights_only=True)["step"] == 12
+    assert torch.load("run", weights_only=True)["step"] == 12
 
 
-@every_target
-def test_recover_of_data2vec_keeps_the_sweeps_contract(target):
-    """Two runs at once score as each alone, with the root and the floor of an untrained encoder."""
-    grammars = drawn(2)[0]
-    small = {**TINY["tree"], "probe_strings": 100, "test_strings": 100, "probe_steps": 5}
-    scores = data2vec.recover(grammars, [32, 48], [0, 1], target, **small)
-    assert scores[1] == data2vec.recover(grammars[1:], [48], [1], target, **small)[0]
-    for score in scores:
-        assert [len(part) for part in (score.accuracy, score.collapsed, score.floor)] == [3, 3, 3]
-        assert all(isinstance(a, float) and 0 <= a <= 1 for a in score.accuracy + score.floor)
-        assert all(isinstance(c, bool) for c in score.collapsed) and score.diverged == 0
-
-
-def test_online_runs_of_one_length_train_together_and_score_as_alone():
-    """P strings are P / batch steps, whichever runs are asked for at once."""
-    grammars, P = drawn(3)[0], [32, 64, 32]
-    small = {**TINY["tree"], "online": True, "probe_strings": 100, "test_strings": 100, "probe_steps": 5}
-    scores = data2vec.recover(grammars, P, [0, 1, 2], **small)
-    for r in range(3):
-        assert scores[r] == data2vec.recover([grammars[r]], [P[r]], [r], **small)[0]
-    # and twice the strings are twice the steps
-    steps = {"online": False, "steps": 64 // TINY["tree"]["batch"]}
-    alone = data2vec.fit_many([grammars[1]], 4, 2, "latent", [1], **small | steps)
-    assert scores[1] == data2vec.measure(alone, [grammars[1]], [1])[0]
-
-
-def test_it_learns():
-    """Level 1 of a small grammar, where an untrained encoder is near chance, in a few hundred steps."""
+@pytest.mark.parametrize("target", ["latent", "token"])
+def test_it_learns(target):
+    """Level 1, where an untrained encoder is near chance, in a few hundred steps."""
     g = Grammar.random(8, 2, 3, 3, 100)
-    small = {"probe_steps": 5, "test_strings": 512, "mask": 0.3, "mask_block": "mixed"}
-    for target in ("latent", "token"):
-        score = data2vec.recover([g], [1024], [100], target, steps=400, cooldown=0.25, **small)[0]
-        assert score.floor[0] < 0.4 and score.accuracy[0] > 0.55
+    settings = {"steps": 400, "mask": 0.3, "mask_block": "mixed", "cooldown": 0.25}
+    few = {"probe_steps": 5, "test_strings": 512}
+    (score,) = data2vec.recover([g], [1024], [100], target, **settings, **few)
+    assert score.floor[0] < 0.4 and score.accuracy[0] > 0.55
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
+# all learners
+
+
+FEW = {"probe_strings": 100, "test_strings": 100, "probe_steps": 5}
+# steps so large that every one of them is seen in the scores
+STRONG = TINY["tree"] | FEW | {"warmup": 1, "lr": 0.1}
+SLIM = {"width": 16, "hidden": 16, "batch": 8}
+QUICK = {cluster: {}, predictor: {"steps": 3}, data2vec: TINY["tree"]}
+name_of = lambda learner: getattr(learner, "__name__", None)  # noqa: E731
+learners = pytest.mark.parametrize("learner", QUICK, ids=name_of)
+networks = pytest.mark.parametrize("learner", [predictor, data2vec], ids=name_of)
+STRINGS = Grammar.random(4, 2, 2, 3, seed=0).sample(10, 0)[0]
+
+
+def as_flags(settings):
+    """{"lr": 0.1} -> --lr 0.1"""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+def same(a, b):
+    """Have two runs learned the same to the byte? A NaN equals a NaN."""
+    if isinstance(a, cluster.Tree):
+        return all(map(torch.equal, a.symbols, b.symbols))
+    a, b = (model.network.state_dict().values() for model in (a, b))
+    return all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in zip(a, b, strict=True))
+
+
+FORMS = {
+    "uint8": torch.clone, "int16": torch.Tensor.short, "int32": torch.Tensor.int,
+    "int64": torch.Tensor.long, "lists": torch.Tensor.tolist,
+    "array": lambda x: x.numpy().astype(np.int64),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("learner, target, settings", [
+    *((cluster, target, {}) for target in cluster.TARGETS),
+    (predictor, "latent", {"steps": 2}),
+    (data2vec, "stacked", TINY["tree"]), (data2vec, "stacked", TINY["transformer"]),
+], ids=name_of)
+def test_a_result_depends_on_strings_and_seed_alone(learner, target, settings, form):
+    """Any whole numbers will do. Neither they nor the global generator are changed."""
+    levels = Grammar.random(8, 2, 4, 3, seed=0).sample(40, 0)
+    truth = levels[0], levels[3][:, 0]
+
+    def fit(form, seed):
+        x, root = given = [form(part) for part in truth]
+        more = settings | ({"root": root} if target == "root" else {})
+        model = learner.fit(x, 8, 2, target, seed, **more)
+        kept = [torch.as_tensor(part).byte() for part in given]
+        assert equal(kept, truth)
+        return model
+
+    wanted = fit(torch.clone, 3)
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    assert same(wanted, fit(FORMS[form], 3)) and not same(wanted, fit(FORMS[form], 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("learner, change, start", [
+    *((learner, *case) for learner in QUICK for case in [
+        ({"x": STRINGS[:, :6]}, "x: "), ({"x": STRINGS[:, :2]}, "x: "), ({"v": 3}, "x: "),
+        ({"x": STRINGS[:0]}, "x: "), ({"x": STRINGS.float()}, "x: "), ({"s": 3}, "x: "),
+        ({"s": 1}, "s: "), ({"v": 300}, "v: "), ({"seed": -1}, "seed: "),
+        ({"target": "leaf"}, "target: "), ({"preset": "theirs"}, "preset: "),
+        ({"colour": 3}, "colour: "),
+    ]),
+    *((cluster, {"target": "root", "root": root}, "root: ") for root in
+      (None, [0], [4] * 10, [-1] * 10, [0.5] * 10)),
+    (cluster, {"rounds": 2.5}, "rounds: "), (predictor, {"codes": 3}, "codes: "),
+    (predictor, {"gate": math.nan}, "gate: "), (predictor, {"batch": -1}, "batch: "),
+    (data2vec, {"online": True}, "online: needs a Grammar"),
+    (data2vec, {"preset": "transformer", "heads": 7}, "width: must be a multiple of heads"),
+    (data2vec, {"batch": 2**20, "width": 2**14}, "batch: a step of"),
+    (data2vec, {"width": 2**14, "hidden": 2**16}, "width: .* weights would need"),
+], ids=name_of)
+def test_fit_refuses_bad_input(learner, change, start):
+    with refused(start):
+        learner.fit(**{"x": STRINGS, "v": 4, "s": 2} | change)
+
+
+@learners
+def test_what_is_learned_reads_only_strings_like_its_own(learner):
+    model = learner.fit(STRINGS, 4, 2, **QUICK[learner])
+    read = model.features if learner is data2vec else model.label
+    for wrong in (STRINGS.float(), STRINGS + 4, STRINGS[:, :4], STRINGS[0],
+                  torch.cat([STRINGS, STRINGS], 1)):
+        with refused("x: "):
+            read(wrong)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "", 7])
+def test_a_device_that_is_not_there_is_one_line(device):
+    g = Grammar.random(4, 2, 2, 2, 0)
+    requests = [partial(g.sample, 10, 0)]
+    requests += [partial(learner.recover, [g], [10], [0]) for learner in QUICK]
+    requests += [partial(network.fit, g, 4, 2) for network in (predictor, data2vec)]
+    for request in requests:
+        with refused("device: must be cpu.* on this machine$"):
+            request(device=device)
+
+
+@pytest.mark.parametrize("learner, target, settings", [
+    (cluster, "latent", {"positions": "cousins"}), (predictor, "latent", {"steps": 3}),
+    *((data2vec, target, STRONG) for target in data2vec.TARGETS),
+    (data2vec, "latent", STRONG | {"online": True}),
+], ids=name_of)
+def test_recover_scores_every_run_as_it_does_alone(learner, target, settings):
+    grammars = [Grammar.random(4, 2, 2, 3, seed, zipf=0.3) for seed in range(3)]
+    samples, seeds = [32, 64, 32], [5, 6, 7]
+    scores = learner.recover(grammars, samples, seeds, target, **settings)
+    assert scores[0] != scores[1]
+    # a network reports the root, too, and a floor
+    levels = 2 if learner is cluster else 3
+    for g, P, seed, score in zip(grammars, samples, seeds, scores, strict=True):
+        assert score == learner.recover([g], [P], [seed], target, **settings)[0]
+        floor = [] if learner is cluster else score.floor
+        assert len(score.accuracy) == len(score.collapsed) == levels
+        assert (score.floor is None) if learner is cluster else (len(floor) == levels)
+        assert all(isinstance(a, float) and 0 <= a <= 1 for a in score.accuracy + floor)
+        assert all(isinstance(c, bool) for c in score.collapsed) and score.diverged == 0
+    with pytest.raises(ValueError, match="zip|^seeds: "):
+        learner.recover(grammars, samples[:1], seeds)
+
+
+def test_online_p_strings_are_p_over_batch_steps():
+    g, settings = Grammar.random(4, 2, 2, 3, 1), STRONG
+    (score,) = data2vec.recover([g], [64], [1], online=True, **settings)
+    model = data2vec.fit(g, 4, 2, "latent", 1, **settings | {"steps": 64 // settings["batch"]})
+    assert score == data2vec.measure([model], [g], [1])[0]
+
+
+@pytest.mark.parametrize("learner, target, settings", [
+    *((predictor, target, {}) for target in ("latent", "token")),
+    (predictor, "joint", {"detach": "layers"}),
+    (predictor, "latent", {"alike": "threshold", "sparsity": 0.01, "elements": "one",
+                           "schedule": "constant"}),
+    *((data2vec, target, TINY[preset]) for target in data2vec.TARGETS for preset in TINY),
+], ids=name_of)
+def test_a_run_is_the_same_to_the_byte_whichever_stand_beside_it(learner, target, settings):
+    """Runs of other lengths and one on always fresh strings among them."""
+    v = 8 if learner is predictor else 5  # data2vec's may be no multiple of 8
+    xs = samples_of(8, v)
+    xs[3] = Grammar.random(v, 2, 3, 3, seed=3)
+    if learner is predictor:
+        settings = settings | {"epochs": 4, "steps": 6}
+    together = learner.fit_many(xs, v, 2, target, range(8), **settings)
+    for runs in ([0], [2], [3], [7], [2, 3, 4]):
+        some = learner.fit_many([xs[r] for r in runs], v, 2, target, runs, **settings)
+        assert all(same(a, together[r]) for a, r in zip(some, runs))
+    assert not same(together[0], together[1])
+
+
+def poison(step, *rest):
+    """For watch: it spoils one weight of run 1, so that the loss of step 3 is not finite."""
+    (network,) = [part for part in rest if isinstance(part, torch.nn.Module)]
+    if step == 2:
+        next(network.parameters()).data[1] = math.nan
+
+
+STEADY = {predictor: {"schedule": "constant"}, data2vec: TINY["tree"] | {"cooldown": 0}}
+
+
+@networks
+def test_a_run_that_diverges_stops_and_leaves_its_neighbours_alone(learner):
+    settings, xs = STEADY[learner] | {"steps": 6}, samples_of(3, 8)
+    found = learner.fit_many(xs, 8, 2, "latent", range(3), poison, **settings)
+    assert [run.diverged for run in found] == [0, 3, 0]
+    alone = learner.fit_many(xs[::2], 8, 2, "latent", [0, 2], **settings)
+    assert same(found[0], alone[0]) and same(found[2], alone[1])
+    # but for the spoilt weight, it is as it was after two steps
+    short = learner.fit(xs[1], 8, 2, "latent", 1, **settings | {"steps": 2})
+    kept, wanted = ([*run.network.parameters()][1:] for run in (found[1], short))
+    assert equal(kept, wanted)
+
+
+@pytest.mark.parametrize("learner, settings", [
+    (predictor, {"batch": 16, "test_strings": 100}),
+    (data2vec, TINY["tree"] | FEW | {"steps": 300, "warmup": 1}),
+], ids=name_of)
+def test_divergence_is_reported(learner, settings, call):
+    settings = settings | {"lr": 1.0, "decay": 10.0, "probes": 1000}
+    g, name = Grammar.random(4, 2, 2, 3, 0), learner.__name__
+    said = "^step [0-9]+: the loss is not finite; lower lr or decay$"
+    with pytest.raises(FloatingPointError, match=said):
+        learner.fit(g.sample(50)[0], 4, 2, **settings)
+    (score,) = learner.recover([g], [50], [0], **settings)
+    assert score.accuracy == [0.0] * 3 and score.diverged > 1
+    assert learner is predictor or len(score.floor) == 3
+    flags = f"--v 4 --m 2 --samples 50 --trace trace {as_flags(settings)}"
+    code, _, said = call(name, flags)
+    assert code == 1 and said.strip().splitlines()[-1].startswith(f"{name}.py: step ")
+    assert len(Path("trace").read_text().splitlines()) > 2  # what came before is on disk
+
+
+@networks
+def test_runs_that_were_stopped_go_on_to_the_same_bytes(learner, tmp_path, monkeypatch):
+    """Two runs beside each other, one of which has diverged by then."""
+    file, xs = tmp_path / "run", samples_of(2, 8)
+    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
+    monkeypatch.setattr(learner, "BLOCK" if learner is predictor else "DRAWN", 3)
+
+    def fit(watch=None, resume=file, xs=xs, seeds=[0, 1], **change):
+        settings = STEADY[learner] | {"steps": 13, "target": "latent"} | change
+        return learner.fit_many(xs, 8, 2, seeds=seeds, watch=watch, resume=resume, **settings)
+
+    def stop(step, *rest):
+        poison(step, *rest)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    whole = fit(poison, resume=None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stop)
+    assert torch.load(file, weights_only=True)["step"] == 6
+    for _ in range(2):  # the second time it is at its end
+        again = fit()
+        assert all(map(same, whole, again)) and [run.diverged for run in again] == [0, 3]
+    state = file.read_bytes()
+    for change in ({"target": "token"}, {"seeds": [0, 2]}, {"steps": 14}, {"xs": xs[::-1]}):
+        with refused("resume: .* is of another run: .* there, .* here$"):
+            fit(**change)
+    if learner is predictor:
+        with refused("resume: is for runs that train in one loop"):
+            fit(xs=[xs[0], xs[1][:20]], epochs=4)
+    assert file.read_bytes() == state
+
+
+# a script that is killed in its 8th step, of blocks of two, and writes its state after each
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import grammar, {name} as learner
+learner.torch.set_num_threads(1)
+grammar.SAVE_EVERY = 0
+learner.{block} = 2
+update = learner.tqdm.update
+def killed(bar, steps):
+    update(bar, steps)
+    if bar.n == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+learner.tqdm.update = killed
+learner.main()
+"""
+
+
+@pytest.mark.parametrize("learner, block, flags", [
+    (predictor, "BLOCK", ""),
+    (data2vec, "DRAWN", "--preset transformer --batch 8 --width 16 --hidden 16 --dropout 0.1 "
+                        "--probes 9 --probe-strings 50 --test-strings 50 --probe-steps 5"),
+], ids=name_of)
+def test_a_killed_script_goes_on_to_the_same_bytes(learner, block, flags, call, tmp_path,
+                                                   monkeypatch):
+    monkeypatch.setattr(grammar, "SAVE_EVERY", 0)
+    monkeypatch.setattr(learner, block, 2)
+    name = learner.__name__
+    flags = f"--depth 2 --v 4 --m 2 --samples 50 --steps 9 --device cpu {flags}"
+    flags += " --resume run --trace trace --save model"
+
+    def go_on(folder):
+        monkeypatch.chdir(folder)
+        code, out, _ = call(name, flags)
+        table = out[out.index("\nlevel"):]
+        return code, table, Path("trace").read_bytes(), Path("model").read_bytes()
+
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    folder.mkdir()
+    wanted = go_on(whole)
+    program = KILLED.format(folder=str(HERE), name=name, block=block)
+    command = [sys.executable, "-c", program, *flags.split()]
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == -9
+    assert torch.load(folder / "run", weights_only=True)["step"] == 6
+    with open(folder / "trace", "a") as file:
+        file.write("8,0.1")  # a row that the kill cut short
+    assert wanted[0] == 0 and go_on(folder) == wanted
+    assert go_on(folder) == wanted  # it is at its end, and remains there
+    # other runs are refused, and so is what is no state at all
+    state = (folder / "run").read_bytes()
+    for change in ("--lr 0.5", "--steps 10", "--seed 1", "--samples 49", "--depth 3",
+                   "--target token"):
+        code, _, said = call(name, f"{flags} {change}")
+        line = said.strip().splitlines()[-1]
+        assert code == 2 and line.startswith(f"{name}.py: argument --resume: run is of another run")
+    assert (folder / "run").read_bytes() == state
+    (folder / "run").write_bytes(b"mine")
+    code, _, _ = call(name, flags)
+    assert code == 2 and (folder / "run").read_bytes() == b"mine"
+    assert (folder / "trace").read_bytes() == wanted[2]
+
+
+@pytest.mark.parametrize("learner, settings", [
+    (predictor, {"steps": 3}), (data2vec, TINY["tree"]), (data2vec, TINY["transformer"]),
+], ids=name_of)
+def test_what_is_learned_can_be_saved_and_nothing_else_loaded(learner, settings, tmp_path):
+    file, target = tmp_path / "ours", learner.TARGETS[-1]
+    model = learner.fit(STRINGS, 4, 2, target, **settings)
+    model.save(file)
+    again = learner.load(file)
+    assert same(again, model) and repr(again) == repr(model)
+    assert "\n" not in repr(model) and target in repr(model)
+    read = [run.features if learner is data2vec else run.label for run in (model, again)]
+    assert equal(*(reads(STRINGS) for reads in read))
+    saved = torch.load(file, weights_only=True)
+    saved.get("predictor", saved)["v"] = 300
+    for wrong in (saved, [1], {"v": 8}, {"weights": {}}, b"hello", b""):
+        if isinstance(wrong, bytes):
+            file.write_bytes(wrong)
+        else:
+            torch.save(wrong, file)
+        with refused(f"file: .* was not written by {learner.__name__}.py"):
+            learner.load(file)
+
+
+SHOWN = {
+    (predictor, "latent"): "codes=128.*symbols in use.*linear probe",
+    (data2vec, "several"): "untrained\n(level [12] +unseen synonyms[^\n]+\n){2}"
+                           "level 3 +MLP probe[^\n]+\n$",
+    # a trial of two steps is not measured on thousands of strings
+    (data2vec, "token"): "on 8 fresh strings.*\nloss per hidden token [0-9.]+, "
+                         "exact Bayes limit [0-9.]+, unigram [0-9.]+\n$",
+}
+COLUMNS = {
+    predictor: "step,accuracy 1,prediction 1,accuracy 2,prediction 2,v,m,P",
+    data2vec: "step,loss,target std,rank,unseen 1,unseen 2,synonyms 1,synonyms 2,v,m,P",
+}
+
+
+@pytest.mark.parametrize("learner, target, settings", [
+    (predictor, "latent", {"preset": "paper"}),
+    (data2vec, "several", {"preset": "tree", **SLIM, **FEW}),
+    (data2vec, "several", {"preset": "transformer", **SLIM, **FEW}),
+    (data2vec, "token", SLIM),
+], ids=name_of)
+def test_a_network_runs_alone(learner, target, settings, call):
+    """The command line on a tiny run: a table, a trace, and weights that can be loaded."""
+    settings = settings | {"steps": 2, "probes": 2}
+    flags = f"--depth 3 --v 4 --m 2 --samples 50 --device cpu --target {target}"
+    flags += f" {as_flags(settings)} --trace trace --save model"
+    code, out, _ = call(learner.__name__, flags)
+    assert code == 0 and re.search(SHOWN[learner, target], out, re.S)
+    header, *rows = Path("trace").read_text().splitlines()
+    assert header == COLUMNS[learner]
+    assert len(rows) == 2 and all(row.endswith(",4,2,50") for row in rows)
+    x = Grammar.random(4, 2, 2, 3, 0).sample(50, 0)[0]
+    model = learner.load("model")
+    assert model.target == target and same(model, learner.fit(x, 4, 2, target, 0, **settings))
+
+
+# ----------------------------------------------------------------------------------------
 # CUDA against the CPU: python -m pytest test_all.py -k cuda -rs
 
 
@@ -1797,15 +1559,17 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUD
 @cuda
 def test_cuda_samples_counts_and_probes_as_the_cpu():
     g = Grammar.random(8, 2, 3, 3, 0)
-    x, there = g.sample(2048, 0), g.sample(2048, 0, "cuda")
-    assert all(torch.equal(h, k.cpu()) for h, k in zip(x, there)) and there[0].is_cuda
-    assert all(torch.equal(h, k.cpu()) for h, k in zip(g.parse(x[0]), g.parse(there[0])))
+    here, there = g.sample(2048, 0), g.sample(2048, 0, "cuda")
+    assert there[0].is_cuda and equal(here, [h.cpu() for h in there])
+    assert equal(g.parse(here[0]), [h.cpu() for h in g.parse(there[0])])
     maps = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
-    scores = linear_probe(maps, x[3][:, 0], 8)(maps)
-    assert torch.allclose(linear_probe(maps.cuda(), there[3][:, 0], 8)(maps.cuda()).cpu(), scores, atol=1e-4)
+    scores = linear_probe(maps, here[3][:, 0], 8)(maps)
+    found = linear_probe(maps.cuda(), there[3][:, 0], 8)(maps.cuda())
+    assert torch.allclose(found.cpu(), scores, atol=1e-4)
     for target in cluster.TARGETS:
-        here, there = (cluster.recover([g], [4096], [0], target, device)[0] for device in ("cpu", "cuda"))
-        assert np.allclose(here.accuracy, there.accuracy, atol=0.02)
+        here, there = (cluster.recover([g], [4096], [0], target, device)[0].accuracy
+                       for device in ("cpu", "cuda"))
+        assert np.allclose(here, there, atol=0.02)
 
 
 @cuda
@@ -1813,35 +1577,40 @@ def test_cuda_samples_counts_and_probes_as_the_cpu():
 def test_cuda_trains_the_predictor_as_the_cpu(target):
     """Its random numbers are drawn on the CPU: the same steps, but for rounding."""
     x, losses = Grammar.random(8, 2, 3, 3, 0).sample(512, 0)[0], []
+    watch = lambda *now: losses.append(now[3].cpu())  # noqa: E731
     for strings in (x, x.cuda()):
-        predictor.fit(strings, 8, 2, target, 0, lambda *now: losses.append(now[3].cpu()), steps=10)
+        predictor.fit(strings, 8, 2, target, 0, watch, steps=10)
     assert torch.allclose(torch.stack(losses[:10]), torch.stack(losses[10:]), rtol=1e-2)
 
 
 @cuda
-@both
+@both_presets
 def test_cuda_encodes_and_measures_as_the_cpu(preset):
-    """Strings and masks of a step are drawn on the device, so that only what follows can be compared."""
-    g, small = Grammar.random(8, 2, 3, 3, 0), {"probe_strings": 512, "test_strings": 512, "probe_steps": 50}
-    model = data2vec.fit(g, 8, 2, **{**TINY[preset], **small, "steps": 20})
+    """Strings and masks are drawn on the device, so that only what follows can be compared."""
+    g, few = Grammar.random(8, 2, 3, 3, 0), {"probe_strings": 512, "test_strings": 512}
+    settings = TINY[preset] | few | {"probe_steps": 50, "steps": 20}
+    model = data2vec.fit(g, 8, 2, **settings)
     here = data2vec.measure([model], [g], [0])[0]
     model.encoder.cuda(), model.untrained.cuda()
     there = data2vec.measure([model], [g], [0], "cuda")[0]
-    assert np.allclose(here.accuracy, there.accuracy, atol=0.02) and np.allclose(here.floor, there.floor, atol=0.02)
+    assert np.allclose(here.accuracy, there.accuracy, atol=0.02)
+    assert np.allclose(here.floor, there.floor, atol=0.02)
 
 
 @cuda
-@both
+@both_presets
 @every_target
 def test_cuda_trains_data2vec(preset, target, tmp_path):
     """Losses fall, a run depends on its seed alone, and goes on from a checkpoint."""
-    g, losses = Grammar.random(8, 2, 3, 3, 0), []
-    settings = {**TINY[preset], "steps": 60, "batch": 64}
-    run = lambda **more: data2vec.fit(g, 8, 2, target, 0, **more, device="cuda", **settings)  # noqa: E731
-    model = run(watch=lambda step, steps, network, loss: losses.append(loss.item()), resume=tmp_path / "run")
+    g, losses, file = Grammar.random(8, 2, 3, 3, 0), [], tmp_path / "run"
+    settings = TINY[preset] | {"steps": 60, "batch": 64, "device": "cuda"}
+    watch = lambda step, steps, network, loss: losses.append(loss.item())  # noqa: E731
+    model = data2vec.fit(g, 8, 2, target, 0, watch, resume=file, **settings)
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
-    for again in (run(), run(resume=tmp_path / "run")):
-        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(weights(model), weights(again)))
+    for resume in (None, file):
+        again = data2vec.fit(g, 8, 2, target, 0, resume=resume, **settings)
+        pairs = zip(model.encoder.parameters(), again.encoder.parameters())
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1849,11 +1618,12 @@ def test_cuda_trains_data2vec(preset, target, tmp_path):
 
 
 CELL = sweep.Cell("cluster", 8, 2, 3, 3, 0.0)
+NETWORK = CELL._replace(method="predictor")
 
 
-def a_run(*accuracy, floor=None, diverged=0, device="cpu"):
+def a_run(*accuracy, floor=None, diverged=0):
     score = grammar.Score(accuracy, (False,) * len(accuracy), floor, diverged)
-    return sweep.Run(score, 0.5, device)
+    return sweep.Run(score, 0.5, "cpu")
 
 
 def a_ladder(accuracies, first=4):
@@ -1863,117 +1633,179 @@ def a_ladder(accuracies, first=4):
 
 def test_crossing_on_a_known_curve():
     P = [2.0**k for k in range(4, 16)]
-    curve = [1 / (1 + math.exp(-3 * math.log2(p / 300))) for p in P]  # logistic in log P, 0.5 at P = 300
+    curve = [1 / (1 + math.exp(-3 * math.log2(p / 300))) for p in P]  # logistic, 0.5 at P = 300
     star, sign = sweep.crossing(P, curve, 0.5)
     assert sign == 0 and star == pytest.approx(300, rel=0.05)
-    assert sweep.crossing([8, 16, 32, 64], [0.1, 0.4, 0.6, 0.9], 0.5)[0] == pytest.approx(16 * 2**0.5)
-    # one rung above the threshold proves nothing yet, and what comes after two in a row changes nothing
-    assert sweep.crossing([8, 16, 32, 64, 128], [0.1, 0.9, 0.1, 0.9, 0.9], 0.5) == (pytest.approx(32 * 2**0.5), 0)
-    assert sweep.crossing([8, 16, 32, 64], [0.1, 0.9, 0.9, 0.1], 0.5) == (pytest.approx(8 * 2**0.5), 0)
-    assert sweep.crossing([8, 16], [0.1, 0.4], 0.5) == (16, 1)
-    assert sweep.crossing([8, 16, 32], [0.1, 0.2, 0.6], 0.5) == (16, 1)
-    assert sweep.crossing([8, 16, 32], [0.6, 0.7, 0.1], 0.5) == (8, -1)
+    P = [8, 16, 32, 64, 128]
+    for curve, star, sign in [
+        ([0.1, 0.4, 0.6, 0.9], 16 * 2**0.5, 0),
+        # one rung above it proves nothing yet, and nothing after two in a row changes P*
+        ([0.1, 0.9, 0.1, 0.9, 0.9], 32 * 2**0.5, 0), ([0.1, 0.9, 0.9, 0.1], 8 * 2**0.5, 0),
+        ([0.1, 0.4], 16, 1), ([0.1, 0.2, 0.6], 16, 1), ([0.6, 0.7, 0.1], 8, -1),
+    ]:
+        found = sweep.crossing(P[: len(curve)], curve, 0.5)
+        assert found == (pytest.approx(star), sign)
 
 
 def test_means_of_censored_seeds_are_bounds():
-    assert sweep.estimate([[(4.0, 0), (16.0, 0)]]) == ("8", "4", "16")
-    assert sweep.estimate([[(4.0, 0), (16.0, 0)]], digits=1) == ("8.0", "4.0", "16.0")
-    assert sweep.estimate([[(64.0, 1), (1024.0, 1)]]) == ("> 256", "", "")  # and not > 64
-    assert sweep.estimate([[(4.0, 0), (16.0, 1)]]) == ("> 8", "", "")
-    assert sweep.estimate([[(4.0, 0), (16.0, -1)]]) == ("< 8", "", "")
-    assert sweep.estimate([[(4.0, -1), (16.0, 1)]]) == ("?", "", "")
-    assert sweep.estimate([[(4.0, 0)]]) == ("4", "", "")  # one seed, no interval
+    estimate = sweep.estimate
+    assert estimate([[(4.0, 0), (16.0, 0)]]) == ("8", "4", "16")
+    assert estimate([[(4.0, 0), (16.0, 0)]], digits=1) == ("8.0", "4.0", "16.0")
+    assert estimate([[(64.0, 1), (1024.0, 1)]]) == ("> 256", "", "")  # and not > 64
+    assert estimate([[(4.0, 0), (16.0, 1)]]) == ("> 8", "", "")
+    assert estimate([[(4.0, 0), (16.0, -1)]]) == ("< 8", "", "")
+    assert estimate([[(4.0, -1), (16.0, 1)]]) == ("?", "", "")
+    assert estimate([[(4.0, 0)]]) == ("4", "", "")  # one seed, no interval
 
 
 def test_slopes_know_what_a_bound_allows():
     exact = {math.log(m): [(5.0 * m**2, 0)] * 2 for m in (2, 4, 8)}
     assert sweep.slope(exact, float) == "2.00 [2.00, 2.00]"
-    grows = {3: [(100.0, 0)], 4: [(100.0, 0)], 5: [(400.0, 1)]}  # at least 400 at the deepest
-    assert sweep.slope(grows, math.exp) == "> 2.00"
-    assert sweep.slope({3: [(100.0, -1)], 4: [(200.0, 0)]}, math.exp) == "> 2.00"
-    assert sweep.slope({3: [(100.0, 1)], 4: [(100.0, 0)]}, math.exp) == "< 1.00"
-    assert sweep.slope({3: [(100.0, 1)], 4: [(100.0, 1)]}, math.exp) == ""
-    assert sweep.slope({3: [(100.0, 0)], 4: [(200.0, 0)]}, math.exp) == "2.00"  # one seed, no interval
-    assert sweep.slope({3: [(100.0, 0)]}, math.exp) == ""
+    for stars, said in [
+        ([(100.0, 0), (100.0, 0), (400.0, 1)], "> 2.00"),  # at least 400 at the deepest
+        ([(100.0, -1), (200.0, 0)], "> 2.00"), ([(100.0, 1), (100.0, 0)], "< 1.00"),
+        ([(100.0, 1), (100.0, 1)], ""),
+        ([(100.0, 0), (200.0, 0)], "2.00"),  # one seed, no interval
+        ([(100.0, 0)], ""),
+    ]:
+        points = {L: [star] for L, star in enumerate(stars, 3)}
+        assert sweep.slope(points, math.exp) == said
 
 
 def test_a_ladder_ends_by_its_rules_and_not_by_the_cap():
     ladder = [0.2, 0.95, 0.9, 0.96, 0.97]
+    begun = a_ladder(ladder[:4])
     assert sweep.climb(CELL, {}, 1000) == ([], 4, "not finished")
-    assert sweep.climb(CELL, a_ladder(ladder[:4]), 1000) == ([4, 8, 16, 32], 64, "not finished")
-    assert sweep.climb(CELL, a_ladder(ladder[:4]), 63) == ([4, 8, 16, 32], None, "beyond Pmax")
+    assert sweep.climb(CELL, begun, 1000) == ([4, 8, 16, 32], 64, "not finished")
+    assert sweep.climb(CELL, begun, 63) == ([4, 8, 16, 32], None, "beyond Pmax")
     for beyond in ([], [0.1], [0.1] * 9):  # rungs that a longer ladder had do not count
-        assert sweep.climb(CELL, a_ladder(ladder + beyond), 2**20) == ([4, 8, 16, 32, 64], None, "")
-    network = sweep.Cell("predictor", 8, 2, 3, 3, 0.0)
-    flat = [0.3, 0.6, 0.62, 0.5, 0.64, 0.9, 0.9]
-    assert sweep.climb(network, a_ladder(flat, 64), 2**20)[1:] == (None, "limited by steps")
-    assert len(sweep.climb(network, a_ladder(flat, 64), 2**20)[0]) == 5  # three rungs after the .6
-    rising = [0.3, 0.6, 0.62, 0.5, 0.66]
-    assert sweep.climb(network, a_ladder(rising, 64), 2**20)[1:] == (2048, "not finished")
+        found = sweep.climb(CELL, a_ladder(ladder + beyond), 2**20)
+        assert found == ([4, 8, 16, 32, 64], None, "")
+    assert sweep.last_rung(CELL, 100) == (64, "beyond Pmax")
+    last, reason = sweep.last_rung(CELL._replace(L=20), 2**20)
+    assert reason == "limited by memory" and last < 2**15
+
+
+def test_a_networks_ladder_ends_on_a_plateau_or_with_its_steps():
+    def climb(accuracies, cell=NETWORK):
+        return sweep.climb(cell, a_ladder(accuracies, 64), 2**20)
+
+    climbed, *ended = climb([0.3, 0.6, 0.62, 0.5, 0.64, 0.9, 0.9])
+    assert ended == [None, "limited by steps"] and len(climbed) == 5  # three after the .6
+    assert climb([0.3, 0.6, 0.62, 0.5, 0.66])[1:] == (2048, "not finished")
     steps = 8 * 300 // 64  # too few to see 512 strings 8 times
-    short = network._replace(method=f"predictor:steps={steps}")
-    assert sweep.climb(short, a_ladder([0.1, 0.2, 0.1], 64), 2**20)[1:] == (None, "limited by steps")
-    deep = CELL._replace(L=20)
-    last, reason = sweep.last_rung(deep, 2**20)
-    assert reason == "limited by memory" and last < 2**15 and sweep.last_rung(CELL, 100) == (64, "beyond Pmax")
+    short = NETWORK._replace(method=f"predictor:steps={steps}")
+    assert climb([0.1, 0.2, 0.1], short)[1:] == (None, "limited by steps")
 
 
 def test_methods_have_one_spelling():
     for text, name in [
-        ("cluster-latent", "cluster"), ("predictor:hidden=64", "predictor"), ("data2vec:preset=tree", "data2vec"),
-        ("data2vec-token:mask=.3:steps=8000", "data2vec-token:steps=8000:mask=0.3"),
+        ("cluster-latent", "cluster"), ("predictor:hidden=64", "predictor"),
+        ("data2vec:preset=tree", "data2vec"),
         ("data2vec:mask-block=top", "data2vec:mask_block=top"),
+        ("data2vec-token:mask=.3:steps=8000", "data2vec-token:steps=8000:mask=0.3"),
     ]:
         assert sweep.read_method(text).name == name == sweep.read_method(name).name
     assert sweep.read_method("predictor-token:steps=3200").options.steps == 3200
-    for text, hint in [("clutser", "cluster"), ("cluster-leaf", "cluster-"), ("predictor:step=3", "steps"),
-                       ("predictor:steps=x", "steps"), ("predictor:steps", "name=value"), ("", "cluster"),
-                       ("predictor:steps=4:steps=5", "once"), ("predictor:ema=2", "ema")]:
-        with pytest.raises(ValueError, match=hint):
+    for text, hint in [
+        ("clutser", "cluster"), ("cluster-leaf", "cluster-"), ("", "cluster"),
+        ("predictor:step=3", "steps"), ("predictor:steps=x", "steps"), ("predictor:ema=2", "ema"),
+        ("predictor:steps", "name=value"), ("predictor:steps=4:steps=5", "once"),
+    ]:
+        with refused(f"methods: .*{hint}"):
             sweep.read_method(text)
 
 
-def test_summary_of_known_ladders():
-    """P* of the token's ladders is 100 * 3^L by construction; the others have bounds of every kind."""
-    def ladder(star, top=1.0):
-        return {P: a_run(*[1.0] * (L - 2), top * (P > star)) for P in map(float, (star / 4, star * 4, star * 16))}
-
-    runs, climb = {}, sweep.climb
+def test_the_table_shows_the_growth_that_ladders_have(monkeypatch):
+    """P* is 100 * 3^L by construction."""
+    runs = {}
     for L, seed in itertools.product((3, 4, 5), range(4)):
-        cell = sweep.Cell("cluster-token", 8, 2, 3, L, 0.0)
-        runs[(cell, seed)] = ladder(100 * 3.0**L)
-    try:
-        sweep.climb = lambda cell, runs, cap: (sorted(runs), None, "")
-        rows = sweep.summarise(runs, {})
-        text = sweep.tables(rows, is_long=True) + sweep.tables(rows, is_long=False)
-    finally:
-        sweep.climb = climb
+        star = 100 * 3.0**L
+        below, above = a_run(*[1.0] * (L - 2), 0.0), a_run(*[1.0] * (L - 1))
+        ladder = {star / 4: below, star * 4: above, star * 16: above}
+        runs[CELL._replace(method="cluster-token", L=L), seed] = ladder
+    monkeypatch.setattr(sweep, "climb", lambda cell, runs, cap: (sorted(runs), None, ""))
+    rows = sweep.summarise(runs, {})
     assert [row["P50"] for row in rows] == ["2700", "8100", "24300"]
-    assert "3.00 [3.00, 3.00] 3..5 | m" in text and " | 2700 [2700, 2700] | " in text and " | 2700 | " in text
+    long, short = sweep.tables(rows, is_long=True), sweep.tables(rows, is_long=False)
+    assert "3.00 [3.00, 3.00] 3..5 | m" in long
+    assert " | 2700 [2700, 2700] | " in long and " | 2700 | " in short
 
+
+def test_the_table_says_why_p_star_is_a_bound():
+    network, unrun = (CELL._replace(method=f"data2vec{target}") for target in ("", "-token"))
     floors = {P: a_run(0.3, 0.2, 0.1, floor=(0.1, 0.2, 0.6)) for P in (128, 256, 512)}
-    runs = {
-        (CELL, 0): a_ladder([0.2, 0.3]), (CELL, 1): a_ladder([0.2, 0.9, 0.9]),
-        (CELL._replace(method="data2vec"), 0): floors,
-    }
-    left_out = [CELL._replace(method="data2vec-token", L=5), CELL]  # the second is there
+    runs = {(CELL, 0): a_ladder([0.2, 0.3]), (CELL, 1): a_ladder([0.2, 0.9, 0.9])}
+    runs[network, 0] = floors
+    left_out = [unrun._replace(L=5), CELL]  # the second is there
     rows = sweep.summarise(runs, {CELL: 1024}, left_out)
     assert [row["status"] for row in rows] == ["not finished", "beyond Pmax", "not run"]
-    assert rows[0]["P50"].startswith("> ") and rows[0]["seeds"] == 2  # P* > 8 for one reason, and not for another
-    assert sweep.summarise(runs, {})[0]["status"] == "not finished"  # seed 0 stopped short of seed 1
-    assert rows[1]["root_stars"] == [(512.0, 1)] and rows[1]["root_P50"] == "> 512"
-    assert rows[1]["root_floor"] == "0.600" and rows[1]["floor"] == "0.200" and rows[2]["P50"] == ""
+    ours, root, none = rows
+    assert ours["P50"].startswith("> ") and ours["seeds"] == 2
+    assert sweep.summarise(runs, {})[0]["status"] == "not finished"  # seed 0 stopped short
+    assert root["root_stars"] == [(512.0, 1)] and root["root_P50"] == "> 512"
+    assert root["root_floor"] == "0.600" and root["floor"] == "0.200" and none["P50"] == ""
+    assert root["root_notes"] >= {"one seed", "beyond Pmax"}
     text = sweep.tables(rows, is_long=False)
-    assert "- not run" in text and "--methods data2vec-token --depth 5 runs the last" in text
-    assert "! untrained above 0.5" in text and "~ one seed" in text and ".. not finished" in text
-    assert "data2vec, root" in text and ">512!~" in text and rows[1]["root_notes"] >= {"one seed", "beyond Pmax"}
+    for said in ("- not run", "--methods data2vec-token --depth 5 runs the last", "~ one seed",
+                 "! untrained above 0.5", ".. not finished", "data2vec, root", ">512!~"):
+        assert said in text
 
 
-SMALL = "--depth 2,3 --seeds 2 --methods cluster,cluster-root --m 4 --max-samples 4096 --device cpu".split()
+def test_the_last_cell_is_shared_among_idle_processes():
+    """Nine runs are 5 and 4 for two processes, and 9 for one while others have work."""
+    last = [(NETWORK, (0, 1, 2))]
+    everything = list(itertools.product((64, 128, 256), range(3)))
+    one = sweep.next_batch(last, {}, 2**20, [], idle=2)
+    two = sweep.next_batch(last, {}, 2**20, [one], idle=1)
+    assert one == (NETWORK, everything[:5]) and two == (NETWORK, everything[5:])
+    other = NETWORK._replace(L=4), (0,)
+    assert sweep.next_batch([*last, other], {}, 2**20, [], idle=2) == (NETWORK, everything)
 
 
-def start_sweep(out, *more):
-    command = [sys.executable, "sweep.py", *SMALL, "--jobs", "1", *more, "--out", str(out)]
+def test_the_time_left_counts_the_rungs_that_are_expected():
+    tokens = sweep.LEARNERS["cluster"].seconds * 2**3  # before any run is timed
+    # rungs from 4 to 8 v m^3 = 1728, or v m^(L+1), or the cap
+    for cap, rungs in ((2**20, 9), (100, 5)):
+        assert sweep.seconds_left(CELL, (0, 1), {}, cap) == pytest.approx(2 * rungs * tokens)
+    deep = CELL._replace(method="cluster-token", L=5)
+    assert sweep.seconds_left(deep, (0,), {}, 2**20) == pytest.approx(14 * tokens * 4)
+    # one has ended at 64: the others are expected to, with the half second of its rungs
+    ended = {(CELL, 0): a_ladder([0.2, 0.5, 0.9, 1.0, 1.0])}
+    assert sweep.seconds_left(CELL, (0, 1), ended, 2**20) == 5 * 0.5
+    beyond = ended | {(CELL, 1): a_ladder([0.2] * 7)}  # but for one that has not, one rung more
+    assert sweep.seconds_left(CELL, (0, 1), beyond, 2**20) == 0.5
+    assert sweep.seconds_left(CELL, (0,), ended, 2**20) == 0
+
+
+def test_ranks_share_a_sweep_out_by_what_it_costs():
+    both = itertools.product((3, 5), ("cluster", "data2vec"))
+    cells = {CELL._replace(L=L, method=method): range(2) for L, method in both}
+    alone = sweep.units_of(cells, 1024, 0, 1)
+    assert [(cell.method, cell.L) for cell, _ in alone] == [
+        *[("cluster", 5)] * 2, *[("cluster", 3)] * 2, ("data2vec", 5), ("data2vec", 3)]
+    for size in (2, 3, 7):
+        shares = [sweep.units_of(cells, 1024, rank, size) for rank in range(size)]
+        assert sorted(sum(shares, [])) == sorted(alone)
+        costs = [[sweep.seconds_left(*unit, {}, 1024) for unit in share] for share in shares]
+        # no rank has more than another by more than the dearest unit
+        assert max(map(sum, costs)) - min(map(sum, costs)) <= max(sum(costs, []))
+
+
+SHORT = "--depth 2,3 --seeds 2"
+SMALL = f"{SHORT} --methods cluster,cluster-root --m 4 --max-samples 4096 --device cpu"
+TABLES = "samples_vs_depth.csv", "samples_vs_depth.md", "settings.json", "samples_vs_depth.png"
+
+
+@pytest.fixture
+def sweep_here(call, monkeypatch):
+    """sweep_here(flags) is a sweep in this process, without pictures: (exit code, out, err)."""
+    monkeypatch.setattr(sweep, "draw", lambda out: [])
+    return lambda flags, out="out": call("sweep", f"{flags} --jobs 1 --device cpu --out {out}")
+
+
+def start(*words):
+    command = [sys.executable, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=HERE, **pipes)
 
@@ -1987,142 +1819,103 @@ def wait_for_runs(out, process, files):
         time.sleep(0.02)
 
 
-def test_the_last_cell_is_shared_among_idle_processes():
-    """Nine runs of one cell are 5 and 4 for two processes, and 9 for one while others have work of their own."""
-    cell = sweep.Cell("predictor", 8, 2, 3, 3, 0.0)
-    last, everything = [(cell, (0, 1, 2))], [(P, seed) for P in (64, 128, 256) for seed in range(3)]
-    one = sweep.next_batch(last, {}, 2**20, [], idle=2)
-    two = sweep.next_batch(last, {}, 2**20, [one], idle=1)
-    assert one == (cell, everything[:5]) and two == (cell, everything[5:])
-    other = cell._replace(L=4), (0,)
-    assert sweep.next_batch([*last, other], {}, 2**20, [], idle=2) == (cell, everything)
-
-
 def rows_without_seconds(out):
     with open(out / "runs.csv", newline="") as file:
         return [{k: x for k, x in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_path):
-    """One straight through; one killed and torn while writing, then stopped, then finished by two at once."""
+    """One straight through; one killed and torn while writing, stopped, finished by two."""
+    def begin(out, *more):
+        return start("sweep.py", *SMALL.split(), "--jobs", "1", *more, "--out", str(out))
+
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    straight, killed = start_sweep(whole), start_sweep(broken)
+    straight, killed = begin(whole), begin(broken)
     wait_for_runs(broken, killed, 1)
     killed.kill()
     killed.communicate()
     (torn,) = (broken / "runs").glob("*.csv")
+    run = "cluster,8,2,4,3,0,64,1"
     with open(torn, "a") as file:
-        file.write("cluster,8,2,4,3,0,64,1,2,0.500000,,0.100,cpu,\ncluster,8,2,4,3,0,64,1,1,0.")
+        file.write(f"{run},2,0.500000,,0.100,cpu,\n{run},1,0.")
     before = torn.read_bytes()
-    stopped = start_sweep(broken)
+    stopped = begin(broken)
     wait_for_runs(broken, stopped, 2)
     stopped.terminate()
     said = stopped.communicate()[1]
     if sys.platform != "win32":
-        assert stopped.returncode == 1 and "the same command continues" in said and "Traceback" not in said
-    both = [start_sweep(broken), start_sweep(broken, "--seeds", "1")]
+        assert stopped.returncode == 1 and "Traceback" not in said
+        assert "the same command continues" in said
+    both = [begin(broken), begin(broken, "--seeds", "1")]
     for done in (straight, *both):
         out, said = done.communicate()
         assert done.returncode == 0 and "growth, L" in out and "Traceback" not in said, said
     assert torn.read_bytes() == before  # nobody writes into another's file
     assert rows_without_seconds(whole) == rows_without_seconds(broken)
-    for name in ("samples_vs_depth.csv", "samples_vs_depth.md", "settings.json", "samples_vs_depth.png"):
+    for name in TABLES:
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
     assert not list(tmp_path.rglob("*.part"))
 
 
-def sweep_here(monkeypatch, capsys, out, *flags):
-    """A sweep in this process. Returns (exit code, what it printed, what it complained of)."""
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags, "--jobs", "1", "--device", "cpu", "--out", str(out)])
-    monkeypatch.setattr(sweep, "draw", lambda out: [])
-    code = 0
-    try:
-        sweep.main()
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def test_the_time_left_counts_the_rungs_that_are_expected():
-    tokens = sweep.LEARNERS["cluster"].seconds * 2**3  # before any run is timed
-    # rungs from 4 to 8 v m^3 = 1728, or v m^(L+1), or the cap
-    for cap, rungs in ((2**20, 9), (100, 5)):
-        assert sweep.seconds_left(CELL, (0, 1), {}, cap) == pytest.approx(2 * rungs * tokens)
-    deep = CELL._replace(method="cluster-token", L=5)
-    assert sweep.seconds_left(deep, (0,), {}, 2**20) == pytest.approx(14 * tokens * 4)
-    # one has ended at 64: the others are expected to, with the half second of its rungs
-    ended = {(CELL, 0): a_ladder([0.2, 0.5, 0.9, 1.0, 1.0])}
-    assert sweep.seconds_left(CELL, (0, 1), ended, 2**20) == 5 * 0.5
-    beyond = ended | {(CELL, 1): a_ladder([0.2] * 7)}  # but for one that has not, one rung at least
-    assert sweep.seconds_left(CELL, (0, 1), beyond, 2**20) == 0.5
-    assert sweep.seconds_left(CELL, (0,), ended, 2**20) == 0
-
-
-def test_ranks_share_a_sweep_out_by_what_it_costs():
-    cells = {CELL._replace(L=L, method=method): range(2) for L in (3, 5) for method in ("cluster", "data2vec")}
-    alone = sweep.units_of(cells, 1024, 0, 1)
-    assert [(cell.method, cell.L) for cell, _ in alone] == [
-        ("cluster", 5), ("cluster", 5), ("cluster", 3), ("cluster", 3), ("data2vec", 5), ("data2vec", 3)]
-    for size in (2, 3, 7):
-        shares = [sweep.units_of(cells, 1024, rank, size) for rank in range(size)]
-        assert sorted(sum(shares, [])) == sorted(alone)
-        costs = [[sweep.seconds_left(*unit, {}, 1024) for unit in share] for share in shares]
-        # no rank has more than another by more than the dearest unit
-        assert max(map(sum, costs)) - min(map(sum, costs)) <= max(sum(costs, []))
-
-
-def test_torchrun_of_a_sweep_survives_a_killed_rank(tmp_path, monkeypatch, capsys):
+def test_torchrun_of_a_sweep_survives_a_killed_rank(tmp_path, sweep_here):
     """Begun by one process, gone on with by two, of which one is killed and started again."""
-    code, table, _ = sweep_here(monkeypatch, capsys, tmp_path / "whole", *SMALL)
-    sweep_here(monkeypatch, capsys, tmp_path / "ranks", *SMALL, "--depth", "2", "--seeds", "1")
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval .1 --"
-    command = [sys.executable, *command.split(), "sweep.py", *SMALL, "--out", str(tmp_path / "ranks")]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_runs(tmp_path / "ranks", process, 3)
-    ranks = [int(pid) for file in Path("/proc").glob(f"{process.pid}/task/*/children") for pid in file.read_text().split()]
-    if ranks:  # one that ends by itself meanwhile does no harm
-        os.kill(ranks[-1], signal.SIGKILL)
+    code, table, _ = sweep_here(SMALL, "whole")
+    sweep_here(f"{SMALL} --depth 2 --seeds 1", "ranks")
+    whole, ranks = tmp_path / "whole", tmp_path / "ranks"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
+    torchrun += f" --monitor-interval .1 -- sweep.py {SMALL} --out"
+    process = start(*torchrun.split(), str(ranks))
+    wait_for_runs(ranks, process, 3)
+    children = Path("/proc").glob(f"{process.pid}/task/*/children")
+    pids = [int(pid) for file in children for pid in file.read_text().split()]
+    if pids:  # one that ends by itself meanwhile does no harm
+        os.kill(pids[-1], signal.SIGKILL)
     out, said = process.communicate()
     assert code == process.returncode == 0, said
     table = table[table.index("v=8"):]
     assert table in out and out.count("law\n") == table.count("law\n")  # said once, by rank 0
-    assert rows_without_seconds(tmp_path / "ranks") == rows_without_seconds(tmp_path / "whole")
-    assert len(list((tmp_path / "ranks" / "runs").glob("*.csv"))) > 3 or not ranks
+    assert rows_without_seconds(ranks) == rows_without_seconds(whole)
+    assert len(list((ranks / "runs").glob("*.csv"))) > 3 or not pids
 
 
 def half_learned(grammars, samples, seeds, target="latent", device="cpu"):
-    """A learner that knows each level with the share P / 64, and diverges with seed 1 and P = 32."""
+    """A learner that knows each level with the share P / 64; seed 1 diverges at P = 32."""
     scores = []
     for g, P, seed in zip(grammars, samples, seeds):
-        accuracy = [min(1.0, P / 64)] * g.L
         diverged = 37 if (P, seed) == (32, 1) else 0
-        scores.append(grammar.Score([0.0] * g.L if diverged else accuracy, [False] * g.L, [0.1] * g.L, diverged))
+        accuracy = 0.0 if diverged else min(1.0, P / 64)
+        scores.append(grammar.Score([accuracy] * g.L, [False] * g.L, [0.1] * g.L, diverged))
     return scores
 
 
-def test_a_new_learner_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
+def test_a_new_learner_is_one_function_and_one_line(tmp_path, sweep_here, monkeypatch):
     monkeypatch.setitem(sweep.LEARNERS, "mine", sweep.Learner(half_learned))
-    flags = "--methods mine --depth 3,4 --seeds 2".split()
-    code, out, _ = sweep_here(monkeypatch, capsys, tmp_path, *flags)
+    flags = "--methods mine --depth 3,4 --seeds 2"
+    code, out, _ = sweep_here(flags)
     assert code == 0 and "mine, root" in out
     assert "mine L=3 m=3 P=32 seed 1: loss not finite at step 37\n" in out
-    marked = [row for row in rows_without_seconds(tmp_path) if row["mark"] == "diverged@37"]
+    rows = rows_without_seconds(tmp_path / "out")
+    marked = [row for row in rows if row["mark"] == "diverged@37"]
     assert len(marked) == 3 + 4 and {row["accuracy"] for row in marked} == {"0.000000"}
     before = files(tmp_path)
-    code, out, said = sweep_here(monkeypatch, capsys, tmp_path, *flags)  # all is there
+    code, out, said = sweep_here(flags)  # all is there
     assert code == 0 and "mine, root" in out and files(tmp_path) == before, said
     monkeypatch.delitem(sweep.LEARNERS, "mine")
     sweep.read_method.cache_clear()
-    code, _, said = sweep_here(monkeypatch, capsys, tmp_path, "--methods", "cluster", "--depth", "2")
+    code, _, said = sweep_here("--methods cluster --depth 2")
     assert code == 2 and "line 2" in said and "'mine'" in said and files(tmp_path) == before
 
 
 @pytest.mark.parametrize("error, code", [
-    (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130), (KeyboardInterrupt("SIGTERM"), 1),
-    (sweep.futures.BrokenExecutor(), 1), (MemoryError(), 1), (RuntimeError("can't allocate memory"), 1),
+    (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130),
+    (KeyboardInterrupt("SIGTERM"), 1), (sweep.futures.BrokenExecutor(), 1), (MemoryError(), 1),
+    (RuntimeError("can't allocate memory"), 1),
 ])
-def test_what_ends_a_sweep_from_outside_gets_one_line(error, code, tmp_path, monkeypatch, capsys):
+def test_what_ends_a_sweep_from_outside_gets_one_line(error, code, sweep_here, monkeypatch):
     append, calls = sweep.Folder.append, []
 
     def fail_at_the_third(folder, cell, found):
@@ -2132,63 +1925,70 @@ def test_what_ends_a_sweep_from_outside_gets_one_line(error, code, tmp_path, mon
         append(folder, cell, found)
 
     monkeypatch.setattr(sweep.Folder, "append", fail_at_the_third)
-    got, _, said = sweep_here(monkeypatch, capsys, tmp_path, *SMALL[:4], "--methods", "cluster")
-    assert got == code and "2 finished runs are safe" in said.splitlines()[-1] and "Traceback" not in said
+    got, _, said = sweep_here(f"{SHORT} --methods cluster")
+    assert got == code and "Traceback" not in said
+    assert "2 finished runs are safe" in said.splitlines()[-1]
 
 
 def test_no_picture_is_a_reason_to_fail(tmp_path, monkeypatch):
-    def fail(out):
-        raise RuntimeError("no fonts\nat all")
-
-    monkeypatch.setattr(plot, "draw", fail)
+    monkeypatch.setattr(plot, "draw", failing(RuntimeError("no fonts\nat all")))
     assert sweep.draw(tmp_path) == ["no picture: no fonts"]
 
 
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+RESULT = "cluster,8,2,4,3,0,8,0,{},0.500000,,1.000,cuda:1,\n"
+RESULTS = ",".join(sweep.COLUMNS) + "\n" + RESULT.format(1) + RESULT.format(2)
+SWEEP = {"format": 2, "recovered": 0.95, "rung": 2}
+SETTINGS = json.dumps({"sweep": SWEEP, "cluster": {"restarts": 64}})
 
 
-NEW = ",".join(sweep.COLUMNS) + "".join(
-    f"\ncluster,8,2,4,3,0,8,0,{level},0.500000,,1.000,cuda:1," for level in (1, 2)) + "\n"
-MINE = json.dumps({"sweep": {"format": 2, "recovered": 0.95, "rung": 2}, "cluster": {"restarts": 64}})
-
-
-def test_runs_of_other_devices_are_read_and_named(tmp_path, monkeypatch, capsys):
-    (tmp_path / "settings.json").write_text(MINE)
-    (tmp_path / "runs.csv").write_text(NEW.replace("cuda:1,\n", "mps,collapsed\n"))
-    flags = "--methods cluster-root --depth 2 --seeds 1".split()
-    code, out, _ = sweep_here(monkeypatch, capsys, tmp_path, *flags)
-    rows = rows_without_seconds(tmp_path)
-    assert code == 0 and "cpu, mps" in out and {"cluster", "cluster-root"} == {row["method"] for row in rows}
+def test_runs_of_other_devices_are_read_and_named(tmp_path, sweep_here):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "settings.json").write_text(SETTINGS)
+    (out / "runs.csv").write_text(RESULTS.replace("cuda:1,\n", "mps,collapsed\n"))
+    flags = "--methods cluster-root --depth 2 --seeds 1"
+    code, said, _ = sweep_here(flags)
+    rows = rows_without_seconds(out)
+    assert code == 0 and "cpu, mps" in said
+    assert {"cluster", "cluster-root"} == {row["method"] for row in rows}
     assert [row["mark"] for row in rows if row["method"] == "cluster"] == ["collapsed"] * 2
-    (tmp_path / "runs" / "another.csv").write_text(NEW.replace(",8,0,", ",16,0,"))
-    code, out, _ = sweep_here(monkeypatch, capsys, tmp_path, *flags)
-    assert code == 0 and "cpu, cuda:1, mps" in out
-    assert sum(row["device"] == "cuda:1" for row in rows_without_seconds(tmp_path)) == 2
+    (out / "runs" / "another.csv").write_text(RESULTS.replace(",8,0,", ",16,0,"))
+    code, said, _ = sweep_here(flags)
+    assert code == 0 and "cpu, cuda:1, mps" in said
+    assert sum(row["device"] == "cuda:1" for row in rows_without_seconds(out)) == 2
 
 
-@pytest.mark.parametrize("runs, settings, reason", [
-    ("a,b\n1,2\n", MINE, "columns"), (NEW.replace(",mark", ""), MINE, "columns"), ("\x00\xff", MINE, "columns"),
-    (NEW.replace("cuda:1,", "cuda:1,foo"), MINE, "line 2"), (NEW.replace("cuda:1,", "\xff"), MINE, "line 2"), (NEW.replace("cuda:1,", "cuda:1,x"), MINE, "line 2"),
-    (NEW.replace("cluster,", "clusters,"), MINE, "line 2"), (NEW.replace("000,,1", "000,,1,"), MINE, "line 2"),
-    (NEW.replace("cluster,", "cluster:restarts=64,"), MINE, "line 2"), (NEW.replace("1.000", "1"), MINE, "line 2"),
-    (NEW.replace(",8,0,1,", ",-8,0,1,"), MINE, "line 2"), (NEW.replace(",0,8,0,1,", ",0,9,0,1,"), MINE, "no rung"),
-    (NEW.replace("8,2,4,3", "8,2,0,3"), MINE, "line 2"), (NEW.replace(",8,0,1,", ",8,-1,1,"), MINE, "line 2"),
-    (NEW.replace("2,4,3,0", "2,4,1,0"), MINE, "line 2"), (NEW.replace("0.5", "1.5"), MINE, "line 2"),
-    (NEW.replace("cuda:1", "toaster"), MINE, "toaster"), (NEW.replace(",8,0,1,", ",8,0,4,"), MINE, "line 2"),
-    (NEW.replace(",8,0,1,", ",16,0,1,"), MINE, "only a part"), (NEW.replace(",8,0,", ",2,0,"), MINE, "no rung"),
-    (NEW, None, "settings.json"), (NEW, "{", "settings.json"), (NEW, "[1]", "settings.json"), (NEW, '"abc"', "settings"),
-    (NEW, '{"name": "my-app"}', "settings.json"), (NEW, "[" * 100000, "settings.json"), (NEW, '{"sweep": 7}', "settings"),
-    (NEW, MINE.replace('"rung": 2', '"rung": 3'), "rung"), (NEW, MINE.replace("64", "65"), "restarts"),
+def edited(old, new):
+    return RESULTS.replace(old, new), SETTINGS
+
+
+@pytest.mark.parametrize("texts, reason", [
+    (("a,b\n1,2\n", SETTINGS), "columns"), (("\x00\xff", SETTINGS), "columns"),
+    (edited(",mark", ""), "columns"), (edited("cuda:1,", "cuda:1,foo"), "line 2"),
+    (edited("cuda:1,", "\xff"), "line 2"), (edited("cuda:1,", "cuda:1,x"), "line 2"),
+    (edited("cluster,", "clusters,"), "line 2"), (edited("000,,1", "000,,1,"), "line 2"),
+    (edited("cluster,", "cluster:restarts=64,"), "line 2"), (edited("1.000", "1"), "line 2"),
+    (edited(",8,0,1,", ",-8,0,1,"), "line 2"), (edited(",0,8,0,1,", ",0,9,0,1,"), "no rung"),
+    (edited("8,2,4,3", "8,2,0,3"), "line 2"), (edited(",8,0,1,", ",8,-1,1,"), "line 2"),
+    (edited("2,4,3,0", "2,4,1,0"), "line 2"), (edited("0.5", "1.5"), "line 2"),
+    (edited("cuda:1", "toaster"), "toaster"), (edited(",8,0,1,", ",8,0,4,"), "line 2"),
+    (edited(",8,0,1,", ",16,0,1,"), "only a part"), (edited(",8,0,", ",2,0,"), "no rung"),
+    *(((RESULTS, settings), "settings.json") for settings in
+      (None, "{", "[1]", '"abc"', '{"name": "my-app"}', "[" * 100000, '{"sweep": 7}')),
+    ((RESULTS, SETTINGS.replace('"rung": 2', '"rung": 3')), "rung"),
+    ((RESULTS, SETTINGS.replace("64", "65")), "restarts"),
 ])
-def test_foreign_results_are_refused_and_left_alone(runs, settings, reason, tmp_path, monkeypatch, capsys):
-    (tmp_path / "runs.csv").write_bytes(runs.encode("latin-1"))
+def test_foreign_results_are_refused_and_left_alone(texts, reason, tmp_path, sweep_here):
+    runs, settings = texts
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "runs.csv").write_bytes(runs.encode("latin-1"))
     if settings is not None:
-        (tmp_path / "settings.json").write_text(settings)
-    before = files(tmp_path)
-    code, _, said = sweep_here(monkeypatch, capsys, tmp_path, *SMALL[:4])
+        (out / "settings.json").write_text(settings)
+    before = files(out)
+    code, _, said = sweep_here(SHORT)
     assert code == 2 and said.count("\n") == 1 and "--out" in said and reason in said
-    assert files(tmp_path) == before
+    assert files(out) == before
 
 
 def test_the_forks_of_the_readme_run_as_they_stand_there(tmp_path):
@@ -2198,58 +1998,28 @@ def test_the_forks_of_the_readme_run_as_they_stand_there(tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     names = [tmp_path / "cluster.py", tmp_path / "sweep.py"]
     diffs = re.findall(r"```diff\n(.*?)```", text, re.S)
-    assert len(diffs) == len(names)
-    for name, diff in zip(names, diffs):
+    for name, diff in zip(names, diffs, strict=True):
         source = name.read_text(encoding="utf-8")
-        for old, new in re.findall(r"^-(.*)\n((?:\+.*\n)+)", diff, re.M):  # a line, and what replaces it
+        # a line, and what replaces it
+        for old, new in re.findall(r"^-(.*)\n((?:\+.*\n)+)", diff, re.M):
             assert source.count(old + "\n") == 1, old
             source = source.replace(old + "\n", re.sub(r"^\+", "", new, flags=re.M))
         name.write_text(source, encoding="utf-8")
     (mine,) = re.findall(r"here mine.py.*?```python\n(.*?)```", text, re.S)
     (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
-    flags = "--methods cluster-first,cluster-token,mine --depth 3 --seeds 1 --max-samples 256 --jobs 1".split()
-    done = subprocess.run([sys.executable, "sweep.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    flags = "--methods cluster-first,cluster-token,mine --depth 3 --seeds 1 --max-samples 256"
+    command = [sys.executable, "sweep.py", *flags.split(), "--jobs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = rows_without_seconds(tmp_path / "out")
-    first, token, other = ([row["accuracy"] for row in found if row["method"] == name]
-                           for name in ("cluster-first", "cluster-token", "mine"))
-    assert len(first) == len(token) and first != token and float(other[0]) < 0.6  # a first symbol is no parent
+    found = {"cluster-first": [], "cluster-token": [], "mine": []}
+    for row in rows_without_seconds(tmp_path / "out"):
+        found[row["method"]].append(row["accuracy"])
+    first, token, other = found.values()
+    assert len(first) == len(token) and first != token
+    assert float(other[0]) < 0.6  # a first symbol is no parent
 
 
-BAD = """
-    sweep --m 9 | --m 0 | --m 4..x | --m 1..2147483647 | --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40
-    sweep --depth 2..2147483647 | --v 1 | --v 300 | --s 1 | --s 62 | --seeds 0 | --seeds 2147483647 | --seed 3
-    sweep --max-samples 0 | --max-samples 2 | --max-samples ² | --device tpu | --device cuda:99 | --jobs 0 | --zipf -1
-    sweep --methods cluster,magic | --methods predictor:steps=0 | --methods data2vec:steps=9 | --out FILE | --out ""
-    sweep --m 1 --methods data2vec | --m 256 --v 256 --methods cluster-joint
-    cluster --samples 0 | --depth 1 | --m 9 | --target leaf | --device tpu | --v two | --depth 24 --samples 1
-    cluster --samples 2147483647
-    predictor --samples 0 | --codes 3 | --target root | --lr x | --ema 2 | --steps 0 | --m 9 | --hidden 2147483647
-    predictor --samples 2147483647
-    data2vec --target labels | --mask 1.5 | --mask-block 3 | --mask-block Top | --m 1 | --save NOWHERE/x.pt | --steps 0
-    data2vec --preset gpu | --lr nan | --width 30 --preset transformer | --samples 2147483647 | --batch 2147483647
-    grammar --m 9 | --samples -1 | --save NOWHERE/x.npz | --samples 2147483647
-    plot NOWHERE | NOWHERE/trace.csv
-"""
-BAD = [(line.split()[0], flag) for line in BAD.strip().splitlines() for flag in line.split(None, 1)[1].split(" | ")]
-
-
-@pytest.mark.parametrize("script, arguments", BAD)
-def test_bad_input_gets_one_line(script, arguments, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("mine")
-    flag = arguments.split()[0] if arguments[0] == "-" else ""
-    arguments = arguments.replace("FILE", str(tmp_path / "file")).replace("NOWHERE", str(tmp_path / "nowhere"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(arguments)])
-    with pytest.raises(SystemExit) as end:
-        sys.modules[script].main()
-    said = capsys.readouterr()
-    assert end.value.code == 2 and said.err.count("\n") == 1 and flag in said.err and not said.out
-    assert flag != "--seed" or "--seeds" in said.err
-    assert files(tmp_path) == {tmp_path / "file": b"mine"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # plot.py
 
 
@@ -2274,9 +2044,9 @@ def stars(P, spread=1.05):
     return [{"L": L, "low": p / spread, "high": p * spread} for L, p in enumerate(P, 3)]
 
 
-def table(tmp_path, text, name="samples_vs_depth.csv"):
-    (tmp_path / name).write_text(text)
-    return plot.read(tmp_path / name)
+def table(folder, text, name="samples_vs_depth.csv"):
+    (folder / name).write_text(text)
+    return plot.read(folder / name)
 
 
 @pytest.mark.parametrize("cells, said", [
@@ -2296,8 +2066,7 @@ def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     kind, rows = table(tmp_path, ALL_CELLS)
     root, *tree = sorted(plot.cells_of(rows), key=lambda cell: not cell["what"].startswith("root"))
     assert kind == "depth" and root["method"] == "mine-token"
-    found = {(cell["method"], cell["L"]): cell["state"] for cell in tree}
-    assert found == {
+    assert {(cell["method"], cell["L"]): cell["state"] for cell in tree} == {
         ("cluster-first", 3): "", ("cluster-first", 4): "",
         ("cluster-token", 3): "beyond Pmax", ("cluster-token", 4): "not finished",
         ("mine-token", 3): "below Pmin",
@@ -2306,9 +2075,9 @@ def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     assert root["state"] == "beyond Pmax"  # the status is not the root's
 
     figure = plot.draw_depth({"depth": rows, "runs": []})
-    assert len(figure.axes) == 2
-    assert figure.axes[0].get_title().startswith("From L = 3 on, P* is flat for cluster-first\n")
-    signs = [text.get_text() for text in figure.axes[0].texts]
+    axis, _ = figure.axes
+    assert axis.get_title().startswith("From L = 3 on, P* is flat for cluster-first\n")
+    signs = [text.get_text() for text in axis.texts]
     assert sorted(signs) == sorted(["\u2191", "\u2191?", "\u2193", "\u2191s"])
     styles = plot.styles_of(["cluster-first", "cluster", "cluster-token", "cluster-second"])
     assert len({style["color"] for style in styles.values()}) == 4
@@ -2318,17 +2087,17 @@ def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
 
 def test_collapse_is_by_each_methods_own_law_at_the_largest_depth():
     row = {"v": 8, "s": 2, "zipf": 0.0, "seed": 0, "accuracy": 0.5}
+    powers = {"cluster": 3, "cluster-joint": 2, "cluster-token": 5}
     runs = [row | {"method": method, "m": m, "L": L, "level": L - 1, "P": 8 * m**power}
-            for method, power in (("cluster", 3), ("cluster-joint", 2), ("cluster-token", 5))
-            for m in (2, 4) for L in (3, 4)]
+            for method, power in powers.items() for m in (2, 4) for L in (3, 4)]
     runs += [row | {"method": "cluster", "m": 2, "L": 5, "level": 4, "P": 64}]  # of one m
-    paper = [{"method": "ilc", "v": 8, "s": 2, "m": 2, "L": 4, "target": "h^(L-1)", "P_star": 64.0}]
+    paper = [row | {"method": "ilc", "m": 2, "L": 4, "target": "h^(L-1)", "P_star": 64.0}]
     figure = plot.draw_collapse({"runs": runs, "depth": [], "paper": paper})
-    for i, panel in enumerate((1, 2, 2)):
-        axis = figure.axes[3 * i + panel]
-        x = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
-        assert x == pytest.approx([1.0] * len(x)) and len(x) == (3 if i == 0 else 2)
-
+    # the panels of each method's law: two points, and the paper's in the first
+    for panel, points in ((1, 3), (5, 2), (8, 2)):
+        lines = [list(line.get_xdata()) for line in figure.axes[panel].lines]
+        x = sum([places for places in lines if len(places) == 1], [])
+        assert x == pytest.approx([1.0] * points)
 
     # P* of m = 2 and 4, and so by how much a law is off
     known = [row | {"method": "cluster", "m": m, "L": 4, "P50": ("=", P)}
@@ -2355,7 +2124,7 @@ predictor:elements=one,8,2,3,4,0,400,380,420,900,,,,3,
     assert plot.draw_depth({"depth": rows, "runs": []}) is None
 
 
-def test_prediction_fits_one_constant(tmp_path):
+def test_prediction_fits_one_constant():
     sizes = {"v": 8, "s": 2, "m": 3, "zipf": 0.0}
     contrast = [sizes | {"L": L, "target": target, "level": l, "P_noise": 10.0 * l}
                 for L in (3, 4) for target in ("latent", "token") for l in range(1, L)]
@@ -2375,13 +2144,15 @@ def test_prediction_fits_one_constant(tmp_path):
 @pytest.mark.parametrize("name, text, said", [
     ("samples_vs_depth.csv", "a,b\n1,2\n", "no table"),
     ("samples_vs_depth.csv", STARS, "no rows"),
-    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,0,3,9,8,10,,,5,0\n", "line 2: m = '0'"),
-    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,nan,8,10,,,5,0\n", "P50 = 'nan'"),
-    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,-9,8,10,,,5,0\n", "P50 = '-9'"),
-    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,= 9,8,10,,,5,0\n", "P50 = '= 9'"),
-    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,3,9,8,10,,,5\n", "12 cells"),
-    ("samples_vs_depth.csv", STARS_OLD + "$x$,8,2,3,3,9,8,10,,,5,0\n", "method = '$x$'"),
-    ("samples_vs_depth.csv", STARS_OLD + "cluster,8,2,3,99,9,8,10,,,5,0\n", "L = '99'"),
+    *(("samples_vs_depth.csv", STARS_OLD + row + "\n", said) for row, said in [
+        ("cluster,8,2,0,3,9,8,10,,,5,0", "line 2: m = '0'"),
+        ("cluster,8,2,3,3,nan,8,10,,,5,0", "P50 = 'nan'"),
+        ("cluster,8,2,3,3,-9,8,10,,,5,0", "P50 = '-9'"),
+        ("cluster,8,2,3,3,= 9,8,10,,,5,0", "P50 = '= 9'"),
+        ("cluster,8,2,3,3,9,8,10,,,5", "12 cells"),
+        ("$x$,8,2,3,3,9,8,10,,,5,0", "method = '$x$'"),
+        ("cluster,8,2,3,99,9,8,10,,,5,0", "L = '99'"),
+    ]),
     ("runs.csv", RUNS + "cluster,8,2,3,3,0,0,0,2,1.0\n", "P = '0'"),
     ("runs.csv", RUNS + "cluster,8,2,3,3,0,8,0,2,1.5\n", "accuracy = '1.5'"),
     ("trace.csv", TRACE + "1,.5,.1,.1,0,0\n9,.4,.9,.2", "cut off"),
@@ -2392,17 +2163,16 @@ def test_plot_checks_all_files_before_it_draws(name, text, said, tmp_path):
     (tmp_path / "samples_vs_depth.csv").write_text(ALL_CELLS)
     (tmp_path / name).write_text(text)
     before = files(tmp_path)
-    with pytest.raises(ValueError) as error:
+    with refused(f".*{name}: .*{re.escape(said)}"):
         plot.draw(tmp_path, *tmp_path.glob("trace.csv"))
-    assert said in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
     assert files(tmp_path) == before
 
 
 def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_path):
     (tmp_path / "samples_vs_depth.csv").write_text(ALL_CELLS)
-    ladders = [f"cluster-first,8,2,{m},3,0,{P},0,2,{P > 400}\n" for m in (3, 4) for P in (256, 512)]
-    ladders = "".join(ladders).replace("True", "1").replace("False", "0.1")
-    (tmp_path / "runs.csv").write_text(RUNS + ladders)
+    rungs = itertools.product((3, 4), ((256, 0.1), (512, 1)))
+    lines = [f"cluster-first,8,2,{m},3,0,{P},0,2,{right}\n" for m, (P, right) in rungs]
+    (tmp_path / "runs.csv").write_text(RUNS + "".join(lines))
     environment = os.environ | {"MPLBACKEND": "nonsense"}
     command = [sys.executable, str(HERE / "plot.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -2414,29 +2184,11 @@ def test_plot_draws_whatever_the_environment_says_and_always_the_same_bytes(tmp_
     assert files(tmp_path) == first
 
 
-@pytest.mark.parametrize("raised, code, said", [
-    (ValueError("x.csv: bad"), 2, "plot.py: argument out: x.csv: bad\n"),
-    (PermissionError(13, "Permission denied", "x.png"), 1, "Permission denied: 'x.png'\n"),
-    (ImportError("No module named 'matplotlib'"), 1, "plot.py: No module named 'matplotlib'\n"),
-    (KeyboardInterrupt(), 130, "plot.py: stopped\n"),
-])
-def test_plot_ends_with_one_line_and_a_code(raised, code, said, monkeypatch, capsys):
-    def draw(*names):
-        raise raised
-
-    monkeypatch.setattr(plot, "draw", draw)
-    monkeypatch.setattr(sys, "argv", ["plot.py"])
-    with pytest.raises(SystemExit) as end:
-        plot.main()
-    assert end.value.code == code and capsys.readouterr().err.strip("\n").endswith(said.strip())
-
-
-def test_traces_become_one_picture(tmp_path, monkeypatch):
+def test_traces_become_one_picture(call):
     for seed in range(2):
-        (tmp_path / f"{seed}.csv").write_text(TRACE + "1,.5,.1,.1,0,0\n9,.4,.9,.2,.8,.1\n")
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
-    plot.main()
-    assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
+        Path(f"{seed}.csv").write_text(TRACE + "1,.5,.1,.1,0,0\n9,.4,.9,.2,.8,.1\n")
+    call("plot", "0.csv 1.csv")
+    assert Path("phases.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_traces_of_several_P_end_against_it(tmp_path):
@@ -2451,12 +2203,90 @@ def test_traces_of_several_P_end_against_it(tmp_path):
 
 
 def test_contrast_names_every_target_and_its_change(tmp_path):
-    rows = [f"8,2,3,4,0,5,{target},{l},{0.5**(l * (target == 'token'))},9\n"
-            for target in ("latent", "token", "other") for l in (1, 2, 3)]
-    header = "v,s,m,L,zipf,seeds,target,level,contrast,P_noise\n"
-    kind, rows = table(tmp_path, header + "".join(rows), "contrast.csv")
+    text = "v,s,m,L,zipf,seeds,target,level,contrast,P_noise\n"
+    for target, level in itertools.product(("latent", "token", "other"), (1, 2, 3)):
+        contrast = 0.5**level if target == "token" else 1
+        text += f"8,2,3,4,0,5,{target},{level},{contrast},9\n"
+    kind, rows = table(tmp_path, text, "contrast.csv")
     axis, = plot.draw_contrast({"contrast": rows}).axes
-    names = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert kind == "contrast" and sorted(names) == [
-        "other, \u00d71.00 a level", "own latents, \u00d71.00 a level", "tokens, \u00d70.50 a level"]
-    assert names[-1].startswith("tokens")  # the lowest line is the last name
+    *others, last = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert kind == "contrast" and last == "tokens, \u00d70.50 a level"  # the lowest line
+    assert sorted(others) == ["other, \u00d71.00 a level", "own latents, \u00d71.00 a level"]
+
+
+# ----------------------------------------------------------------------------------------
+# all scripts
+
+
+# flags that are refused, the last of them by name
+BAD_FLAGS = {
+    "grammar": f"""
+        --depth 2147483647 | --depth 24 --samples 2147483647 | --samples 2147483647
+        --samples 0 | --samples -1 | --v 256 --s 7 --m 2147483647 | --m {"1" * 5000}
+        --m 9 | --m ² | --m +-5 | --zipf nan | --save= | --save . | --save nowhere/x.npz
+        --seeds 3 | --save a.npz --bench | --load file | --contrast --v 256 --depth 24
+    """,
+    "cluster": """
+        --samples 1 --depth 24 | --depth 2147483647 | --depth 1 | --samples 2147483647
+        --samples 0 | --m 9 | --v two | --device tpu | --target leaf | --positions most
+        --restarts 0 | --v 256 --m 256 --samples 1000000 --restarts 64
+        --v 256 --target joint --samples 1000000 --m 256 | --v 256 --m 256 --target root --depth 16
+    """,
+    "predictor": """
+        --samples 2147483647 | --samples 0 | --samples 10 --depth 24 | --m 9 | --target root
+        --trace x --codes 3 | --alike near | --lr x | --ema 2 | --steps 0 | --hidden 2147483647
+        --batch 1048576 | --trace x --save x | --save x --resume x | --trace x --save nowhere/x
+        --trace nowhere/x
+    """,
+    "data2vec": """
+        --samples 2147483647 | --batch 2147483647 | --m 1 | --target labels | --preset gpu
+        --steps 0 | --lr nan | --mask 1.5 | --mask-block 3 | --mask-block Top
+        --preset transformer --width 30 | --save nowhere/x.pt
+        --trace both --save ./both | --trace trace.csv --save nowhere/x.pt
+    """,
+    "sweep": """
+        --m 9 | --m 0 | --m 4..x | --m 1..2147483647 | --m ² | --zipf -1 | --v 1 | --v 300
+        --depth 1..3 | --depth 6..2 | --depth 2..4..6 | --depth 40 | --depth 2..2147483647
+        --s 1 | --s 62 | --seeds 0 | --seeds 2147483647 | --jobs 0 | --out file | --out ""
+        --max-samples 0 | --max-samples 2 | --max-samples ² | --device tpu | --device cuda:99
+        --methods cluster,magic | --methods predictor:steps=0 | --methods data2vec:steps=9
+        --m 1 --methods data2vec | --m 256 --v 256 --methods cluster-joint
+    """,
+}
+BAD_COMMANDS = [
+    ("cluster", "--context all", "unrecognized arguments: --context all"),
+    ("sweep", "--seed 3", "unrecognized arguments: --seed 3; there is --seeds"),
+    ("plot", "nowhere", "argument out: nowhere"),
+    ("plot", "nowhere/trace.csv", "argument out: nowhere/trace.csv"),
+]
+for script, text in BAD_FLAGS.items():
+    for flags in re.split(r" \| |\n", text.strip()):
+        *_, last = re.findall(r"--[a-z-]+", flags)
+        BAD_COMMANDS.append((script, flags.strip(), f"argument {last}: "))
+
+
+@pytest.mark.parametrize("script, flags, reason", BAD_COMMANDS)
+def test_bad_input_gets_one_line_and_leaves_nothing_behind(script, flags, reason, call):
+    Path("file").write_text("mine")
+    start = time.time()
+    code, out, said = call(script, flags)
+    assert code == 2 and out == "" and time.time() - start < 1
+    assert said.startswith(f"{script}.py: {reason}") and said.count("\n") == 1
+    assert files(Path(".")) == {Path("file"): b"mine"}
+
+
+@pytest.mark.parametrize("script, ending, code, line", [
+    ("grammar", KeyboardInterrupt(), 130, "stopped"),
+    ("grammar", MemoryError(), 1, "out of memory; fewer or shorter strings need less"),
+    ("grammar", OSError(28, "No space left", "a.npz"), 1, "a.npz: No space left"),
+    ("plot", KeyboardInterrupt(), 130, "stopped"),
+    ("plot", ValueError("x.csv: bad"), 2, "argument out: x.csv: bad"),
+    ("plot", PermissionError(13, "Denied", "x.png"), 1, "[Errno 13] Denied: 'x.png'"),
+    ("plot", ImportError("No module named 'matplotlib'"), 1, "No module named 'matplotlib'"),
+])
+def test_what_ends_a_script_from_outside_is_one_line(script, ending, code, line, call,
+                                                     monkeypatch):
+    work = {"grammar": "show", "plot": "draw"}[script]
+    monkeypatch.setattr(sys.modules[script], work, failing(ending))
+    got, out, said = call(script, "")
+    assert got == code and out == "" and said.strip("\n") == f"{script}.py: {line}"
