@@ -210,6 +210,20 @@ class TreeEncoder(nn.Module):
         return maps
 
 
+class Dropout(nn.Module):
+    """Every run draws from its own generator, for its whole batch. own: the slice of the batch
+    that this process has."""
+
+    def __init__(self, rate, batch, randoms, own):
+        super().__init__()
+        self.rate, self.batch, self.randoms, self.own = rate, batch, randoms, own
+
+    def forward(self, h):
+        size = self.batch, *h.shape[2:]
+        draws = [torch.rand(size, generator=random, device=h.device) for random in self.randoms]
+        return h * (torch.stack(draws)[:, self.own] >= self.rate) / (1 - self.rate)
+
+
 class Block(nn.Module):
     """Pre-LN attention and feed-forward network, each on a residual branch."""
 
@@ -419,20 +433,6 @@ def rank_and_world():
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-class Dropout(nn.Module):
-    """Every run draws from its own generator, for its whole batch, of which this process has
-    the slice own."""
-
-    def __init__(self, rate, batch, randoms, own):
-        super().__init__()
-        self.rate, self.batch, self.randoms, self.own = rate, batch, randoms, own
-
-    def forward(self, h):
-        size = self.batch, *h.shape[2:]
-        draws = [torch.rand(size, generator=random, device=h.device) for random in self.randoms]
-        return h * (torch.stack(draws)[:, self.own] >= self.rate) / (1 - self.rate)
 
 
 def train(student, xs, seeds, watch=None, resume=None):
