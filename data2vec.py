@@ -635,7 +635,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
     world = rank_and_world()[1]
     if options.batch < world:
         raise ValueError(f"batch: must be {world} or more, a string a process")
-    check_size(v, s, 2, L, P, target, **settings)  # of anyone's strings m is not known
+    # of anyone's strings m is not known, and nothing is measured here
+    check_size(v, s, 2, L, P, target, **settings | {"test_strings": 1, "probe_strings": 1})
 
     student = Network(len(xs), v, s, L, target, options)
     initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
@@ -903,6 +904,8 @@ def main():
     try:
         check_size(v, s, m, L, P, args.target, **settings)
         check_apart(args)
+        if args.target == "token":      # print_scores needs it, for one string at a time
+            check_memory("m", grammar.posterior_bytes(1), "the exact limit")
     except ValueError as error:
         parser.error(f"argument --{error}")
     device = join_processes(parser, device)
