@@ -626,10 +626,9 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
     teachers and their losses, (R,).
     resume: a file, written every minute and at the end; if it is there, the runs go on from
     it. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
-    xs, L, device = check_runs(xs, v, s, seeds, device)
+    xs, L, P, device = check_runs(xs, v, s, seeds, device)
     options = read_settings(SETTINGS, PRESETS, settings)
     check_speed(options, device)
-    P = max((len(x) for x in xs if not isinstance(x, Grammar)), default=0)
     if options.online and P:
         raise ValueError("online: needs a Grammar in place of x")
     world = rank_and_world()[1]

@@ -554,8 +554,9 @@ def as_strings(x, v, s, L=None):
 
 
 def check_runs(xs, v, s, seeds, device=None):
-    """(runs, L, device): xs as grammars, or tensors on the device; None is where the first
-    strings are. Raises ValueError unless all have one size."""
+    """(runs, L, P, device): xs as grammars, or tensors on the device; P, the most strings that
+    one has, 0 for grammars. device None: that of the first strings. Raises ValueError unless
+    all have one size."""
     runs, sizes = [], set()
     for x, seed in zip(xs, seeds):
         check_whole("seed", seed, 0)
@@ -570,11 +571,12 @@ def check_runs(xs, v, s, seeds, device=None):
     L = max(L for _, _, L in sizes)
     if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
+    strings = [x for x in runs if not isinstance(x, Grammar)]
     if device is None:
-        device = next((x.device for x in runs if not isinstance(x, Grammar)), "cpu")
+        device = strings[0].device if strings else "cpu"
     check_device(device)
     runs = [x if isinstance(x, Grammar) else x.to(device) for x in runs]
-    return runs, L, torch.device(device)
+    return runs, L, max(map(len, strings), default=0), torch.device(device)
 
 
 def check_device(device):

@@ -473,9 +473,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
     that train together and their prediction losses, (R, L-1). resume: a file, written every
     minute and at the end; if it is there, the runs go on from it.
     A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
-    xs, L, device = check_runs(xs, v, s, seeds, device)
+    xs, L, P, device = check_runs(xs, v, s, seeds, device)
     options = read_options(v, target, settings)
-    P = max((len(x) for x in xs if not isinstance(x, Grammar)), default=0)
     # of anyone's strings m is not known, and nothing is tested here
     check_size(v, s, 2, L, P, target, **settings | {"test_strings": 1})
 
