@@ -720,14 +720,12 @@ def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
     return lambda h: net(h)[..., :v].argmax(2)
 
 
-def measure(models, grammars, seeds, device="cpu"):
-    """[Score] of what fit_many returned: levels 1..L-1 by unseen synonyms, and the root by
-    the paper's MLP probe of the last map, averaged over positions. floor: those untrained."""
-    options, v, R = models[0].options, models[0].v, len(models)
-    encoders = [(model.encoder, g, seed) for model, g, seed in zip(models, grammars, seeds)]
-    encoders += [(model.untrained, g, seed) for model, g, seed in zip(models, grammars, seeds)]
+def measure_encoders(encoders, grammars, seeds, options, device="cpu"):
+    """[(accuracy, collapsed)] of every encoder, lists over the levels 1..L: those below the root
+    by unseen synonyms, the root by the paper's MLP probe of the last map, averaged over
+    positions."""
     found, pooled = [], []
-    for encoder, grammar, seed in encoders:
+    for encoder, grammar, seed in zip(encoders, grammars, seeds):
         features = partial(encode, encoder)     # strings -> maps
         accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, options, device)
         found.append((accuracy, collapsed))
@@ -737,15 +735,28 @@ def measure(models, grammars, seeds, device="cpu"):
         pooled.append((*means, known[-1][:, 0], fresh[-1][:, 0]))
 
     # the probes of all roots side by side
+    v = grammars[0].v
     known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))
     answers = mlp_probe(known, labels, v, options.probe_steps)(fresh)
     roots = (answers == truth).float().mean(1).tolist()
     for (accuracy, collapsed), root, answer in zip(found, roots, answers):
         accuracy.append(root)
         collapsed.append(len(answer.unique()) < v)
+    return found
+
+
+def measure(models, grammars, seeds, device="cpu"):
+    """[Score] of models of one size, by measure_encoders. The floor is that of the untrained
+    encoders, which load does not have: then it is None."""
+    about = grammars, seeds, models[0].options, device
+    found = measure_encoders([model.encoder for model in models], *about)
+    floors = [None] * len(models)
+    untrained = [model.untrained for model in models]
+    if None not in untrained:
+        floors = [floor for floor, _ in measure_encoders(untrained, *about)]
 
     scores = []
-    for model, (accuracy, collapsed), (floor, _) in zip(models, found, found[R:]):
+    for model, (accuracy, collapsed), floor in zip(models, found, floors):
         if model.diverged:
             accuracy, collapsed = [0.0] * model.L, [False] * model.L
         scores.append(Score(accuracy, collapsed, floor, model.diverged))
