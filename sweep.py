@@ -42,7 +42,7 @@ import uuid
 from argparse import ArgumentTypeError
 from collections import namedtuple
 from concurrent import futures
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -523,6 +523,32 @@ def units_of(cells, cap, rank, size):
     return sorted(share, key=lambda unit: learner_of(unit[0]).seconds)
 
 
+@contextmanager
+def time_bar(disable):
+    """A tqdm bar of seconds, of which the caller says how many are left. A thread moves it, since
+    with one job this process is at work itself."""
+    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1, bar_format=layout, smoothing=0, disable=disable) as bar:
+        bar.left, began, is_over = 0, time.time(), threading.Event()
+
+        def keep_moving():
+            while True:
+                over = is_over.wait(1)
+                bar.n = time.time() - began
+                bar.total = bar.n + bar.left
+                bar.refresh()
+                if over:
+                    break
+
+        mover = threading.Thread(target=keep_moving, daemon=True)
+        mover.start()
+        try:
+            yield bar
+        finally:
+            is_over.set()
+            mover.join()
+
+
 def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
     """Climb all ladders of {Cell: seeds} in `jobs` processes; every finished run goes to disk.
 
@@ -531,50 +557,46 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
     running = {}                            # future -> (Cell, batch)
     expect = lambda cell: seconds_left(cell, cells[cell], folder.runs, cap)
     left = {cell: expect(cell) for cell in cells}
-    layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=1, bar_format=layout, smoothing=0, disable=rank > 0)
-    began = due = time.time()               # due: the next tables
+    due = time.time()                       # for the next tables
     pool = OneProcess()
     if jobs > 1:
         spawn = multiprocessing.get_context("spawn")
         pool = futures.ProcessPoolExecutor(jobs, spawn, start_worker)
     try:
-        # rank 0 waits for the others, who have runs in files of their own
-        while units or running or size > 1 and rank == 0 and any(left.values()):
-            # keep every process at work
-            while len(running) < jobs:
-                idle = jobs - len(running)
-                work = next_batch(units, folder.runs, cap, running.values(), idle)
-                if not work:
-                    break
-                running[pool.submit(run_batch, *work, device)] = work
-                cell, batch = work
-                bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
-            if not running and any(left.values()):
-                bar.set_postfix_str("waiting for other ranks", False)
-                time.sleep(1)
-            for future in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
-                cell, _ = running.pop(future)
-                found = future.result()
-                folder.append(cell, found)
-                left[cell] = expect(cell)
-                report(cell, found, folder.runs, is_done=left[cell] == 0)
-            # the bar's unit is a second
-            bar.n = time.time() - began
-            bar.total = bar.n + sum(left.values()) / (jobs * size)
-            bar.refresh()
-            # tables are made from all files, others' too: let that be 5 % of the time
-            if rank == 0 and time.time() > due:
-                start = time.time()
-                with suppress(OSError):     # held by another program, perhaps
-                    write_tables()
-                due = time.time() + max(1, 20 * (time.time() - start))
-                left = {cell: expect(cell) for cell in cells}
+        with time_bar(disable=rank > 0) as bar:
+            # rank 0 waits for the others, who have runs in files of their own
+            while units or running or size > 1 and rank == 0 and any(left.values()):
+                bar.left = sum(left.values()) / (jobs * size)
+                # keep every process at work
+                while len(running) < jobs:
+                    idle = jobs - len(running)
+                    work = next_batch(units, folder.runs, cap, running.values(), idle)
+                    if not work:
+                        break
+                    cell, batch = work
+                    bar.set_postfix_str(f"{cell.method[:30]} L={cell.L} P={batch[-1][0]}", False)
+                    running[pool.submit(run_batch, cell, batch, device)] = work
+                if not running and any(left.values()):
+                    bar.set_postfix_str("waiting for other ranks", False)
+                    time.sleep(1)
+                for future in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
+                    cell, _ = running.pop(future)
+                    found = future.result()
+                    folder.append(cell, found)
+                    left[cell] = expect(cell)
+                    report(cell, found, folder.runs, is_done=left[cell] == 0)
+                # tables are made from all files, others' too: let that be 5 % of the time
+                if rank == 0 and time.time() > due:
+                    start = time.time()
+                    with suppress(OSError):     # held by another program, perhaps
+                        write_tables()
+                    due = time.time() + max(1, 20 * (time.time() - start))
+                    left = {cell: expect(cell) for cell in cells}
+            bar.left = 0
     finally:
         # Ctrl-C above all: don't wait for runs that will be done again
         for process in multiprocessing.active_children():
             process.terminate()
-        bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -1784,6 +1784,16 @@ def test_the_time_left_counts_the_rungs_that_are_expected():
     assert sweep.seconds_left(CELL, (0,), ended, 2**20) == 0
 
 
+def test_the_bar_moves_while_this_process_is_at_work(capsys):
+    with sweep.time_bar(disable=False) as bar:
+        bar.left, deadline = 60, time.time() + 60
+        while bar.n == 0 and time.time() < deadline:
+            pass
+        bar.left = 0
+    shown = capsys.readouterr().err
+    assert re.search("1?[0-9]%.*<0(1:00|0:59)", shown) and "100%" in shown
+
+
 def test_ranks_share_a_sweep_out_by_what_it_costs():
     both = itertools.product((3, 5), ("cluster", "data2vec"))
     cells = {CELL._replace(L=L, method=method): range(2) for L, method in both}
