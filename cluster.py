@@ -25,7 +25,7 @@ These laws are measured by sweep.py; the table is in README.md.
 Time grows as P s^(L+1), for tokens L times that, plus k-means of v m contexts a level. Memory
 is P s^L bytes for the strings, and v m contexts of s^2 (s-1) v numbers: for tokens of level l
 s^l times as many, for the root s^(L-l-1) v; for joint s (s-1) tables of (v m)^2. Runs of a
-sweep (R) go one by one.
+sweep go one by one.
 """
 
 import torch

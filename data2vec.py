@@ -35,7 +35,7 @@ from tqdm import tqdm
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
     as_strings, check_apart, check_memory, check_runs, choice,
-    given_settings, grammar_from_flags, linear_probe, new_file, open_trace, option, paper_preset,
+    given_settings, grammar_from_flags, linear_probe, open_trace, option, out_file, paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
 
@@ -521,7 +521,7 @@ def train(student, xs, seeds, watch=None, resume=None):
 
 class Data2vec:
     """What fit returns: the teacher, a Network of one run, and its encoder before training.
-    diverged: the step whose loss was not finite, 0 if all were."""
+    diverged: the step whose loss or gradient was not finite, 0 if all were."""
 
     def __init__(self, network, untrained=None, diverged=0):
         self.v, self.s, self.L = network.v, network.s, network.L
@@ -553,7 +553,8 @@ def load(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         options = read_settings(SETTINGS, PRESETS, saved["settings"])
         v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
-        check_size(v, s, 2, L, 1, target, **saved["settings"])
+        tested = {"test_strings": 1, "probe_strings": 1}    # nothing is measured here
+        check_size(v, s, 2, L, 1, target, **saved["settings"] | tested)
         network = Network(1, v, s, L, target, options).requires_grad_(False)
         network.load_state_dict(saved["weights"])
     except OSError:
@@ -693,21 +694,23 @@ def unseen_synonyms(features, grammar, seed, options, device="cpu"):
             answer = predict(pool(fresh, nodes)).argmax(2)
             right = (answer == test[l]).float()     # (P, nodes)
             few = len(answer.unique()) < v
-            found.append((right[absent].mean().item(), right[~absent].mean().item(), few))
+            # of few strings there may be none
+            unseen, seen = (right[place].mean().nan_to_num().item() for place in (absent, ~absent))
+            found.append((unseen, seen, few))
         results.append(max(found))
     return [list(column) for column in zip(*results)]
 
 
-def mlp_probe(features, labels, v, steps, lr=1e-3, batch=256):
+def mlp_probe(features, labels, v, steps):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
     features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
     All probes start alike and see the same rows and dropout, whatever R."""
-    R, n, d = features.shape
+    batch, (R, n, d) = 256, features.shape
     net = TwoLayers(R, d, 2 * d, aligned(v))
     net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
     random = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam(net.parameters(), lr)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(steps):
         rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
@@ -902,9 +905,9 @@ def main():
     add = parser.add_argument
     add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
-    add("--trace", metavar="FILE.csv", type=new_file, help="write what is printed to this file")
-    add("--save", metavar="FILE.pt", type=new_file, help="write the trained encoder to this file")
-    add("--resume", metavar="FILE.pt", type=new_file,
+    add("--trace", metavar="FILE.csv", type=out_file, help="write what is printed to this file")
+    add("--save", metavar="FILE.pt", type=out_file, help="write the trained encoder to this file")
+    add("--resume", metavar="FILE.pt", type=out_file,
         help="go on from this file if it exists, and write the state of training to it")
     args = parser.parse_args()
     grammar = grammar_from_flags(parser, args)

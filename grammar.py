@@ -361,7 +361,7 @@ def distance_of_contexts(joint, inner):
 
 
 def draw_other(rng, weight, old):
-    """Draw one index for every entry of old, in proportion to weight, but never that one."""
+    """Draw one index for every entry of old, in proportion to weight, but never the entry."""
     ends = weight.cumsum()
     # a place on the line of all weights, which jumps over the piece of old
     u = rng.random(len(old)) * (ends[-1] - weight[old])
@@ -391,7 +391,8 @@ def several_picks(m):
 
 def digits(codes, base, n):
     """(..., n): the n digits of every code in this base, the highest first."""
-    return codes[..., None] // base ** np.arange(n)[::-1] % base
+    powers = base ** np.arange(n, dtype=np.int64)[::-1]
+    return codes[..., None] // powers % base
 
 
 def tuple_codes(tuples, v):
@@ -596,7 +597,7 @@ class Score(NamedTuple):
     accuracy: list      # a float for every level 1..L-1, one more if the root is reported
     collapsed: list     # of bool, as long: fewer than v symbols are in use
     floor: list = None  # of float, as long: the same before training; None for chance
-    diverged: int = 0   # the step whose loss was no longer finite; 0 if all were
+    diverged: int = 0   # the step that was no longer finite; 0 if all were
 
 
 class Setting(NamedTuple):
@@ -683,7 +684,7 @@ def in_a_folder(path):
     return path and not os.path.isdir(path) and os.path.isdir(os.path.dirname(path) or ".")
 
 
-new_file = option(str, in_a_folder, "a file in a folder that exists")
+out_file = option(str, in_a_folder, "a file in a folder that exists")
 TRUTH = {"true": True, "false": False}
 switch = option(lambda text: TRUTH[text.lower()], lambda value: True, "true or false")
 
@@ -786,7 +787,7 @@ class Checkpoint:
 
     parts: {name: what has a state_dict}; generators: torch.Generators, that the next step
     draws from; xs: the strings or grammars of all runs; about: {name: number or text},
-    all else that the result depends on."""
+    all else that must be as it was."""
 
     def __init__(self, file, parts, generators, xs, about):
         self.file, self.parts, self.generators = file, parts, generators
@@ -949,10 +950,10 @@ def main():
     add = parser.add_argument
     add("--samples", type=whole(1), default=1, help="P, derivations to draw (default 1)")
     one = parser.add_mutually_exclusive_group().add_argument
-    one("--save", metavar="FILE.npz", type=new_file, help="write strings, levels and rules")
+    one("--save", metavar="FILE.npz", type=out_file, help="write strings, levels and rules")
     one("--bench", action="store_true", help="time the sampler instead")
     one("--contrast", action="store_true", help="how far apart parents' contexts are instead")
-    add("--csv", metavar="FILE", type=new_file, help="with --contrast: write it to a file")
+    add("--csv", metavar="FILE", type=out_file, help="with --contrast: write it to a file")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
     one("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")

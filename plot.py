@@ -54,7 +54,7 @@ OWN_LAW = {"joint": "v\\,m^2", "root": "v\\,m^L", "token": "v\\,m^{L+1}"}  # of 
 
 # why P* is only bounded: the sign at its open marker
 BEYOND = {
-    "beyond Pmax": "\u2191", "limited by steps": "\u2191s",
+    "beyond the ladder": "\u2191", "limited by steps": "\u2191s",
     "limited by memory": "\u2191m", "not finished": "\u2191?",
 }
 SIGNS = BEYOND | {"below Pmin": "\u2193"}
@@ -87,7 +87,7 @@ LIMITS = {  # type, lowest and highest number of a column; "unseen" is that of "
     "accuracy": (float, 0, 1), "unseen": (float, 0, 1), "synonyms": (float, -1e9, 1e9),
     "prediction": (float, -1e9, 1e9), "P_star": (float, 1e-9, 1e18),
     "P_noise": (float, 0, math.inf),
-    "P50": (float, 1e-9, 1e18), "P50_lo": (float, 1e-9, 1e18), "P50_hi": (float, 1e-9, 1e18),
+    "P50_lo": (float, 1e-9, 1e18), "P50_hi": (float, 1e-9, 1e18),
 }
 
 
@@ -261,7 +261,7 @@ def cells_of(rows):
                 continue  # not run
 
             # the status is that of level L-1, so it may not explain the root's bound
-            beyond = row["status"] if row["status"] in BEYOND else "beyond Pmax"
+            beyond = row["status"] if row["status"] in BEYOND else "beyond the ladder"
             state = {"=": "", "<": "below Pmin", ">": beyond}[sign]
             low = math.nan if state else row[f"{part}P50_lo"]
             high = math.nan if state else row[f"{part}P50_hi"]

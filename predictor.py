@@ -36,7 +36,7 @@ from tqdm import tqdm
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags,
     add_settings, as_strings, check_apart, check_memory, check_runs, check_whole, choice, cousins,
-    given_settings, grammar_from_flags, linear_probe, new_file, open_trace, paper_preset,
+    given_settings, grammar_from_flags, linear_probe, open_trace, out_file, paper_preset,
     pick_device, read_settings, real, run_script, strings_bytes, whole, write_whole,
 )
 
@@ -196,7 +196,7 @@ class Network(nn.Module):
 
 
 def goal(target, codes, l, s, elements):
-    """What is the target? The symbols that a tuple of level l is known by, to its cousins.
+    """What is the target? The symbols of a level-l tuple that its cousins predict.
 
     codes: the teacher's, of all levels from 0. Returns (R, B, n, E, d) for n tuples a string."""
     known = codes[0] if target == "token" else codes[l]
@@ -204,7 +204,7 @@ def goal(target, codes, l, s, elements):
     known = known.unflatten(2, (n, -1))                    # (R, B, n, symbols of a tuple, d)
     if elements == "one":
         known = known[..., :1, :]
-    if target == "joint":                                  # and by the tuple's own symbol
+    if target == "joint":                                  # and the tuple's own symbol
         known = torch.cat([known, codes[l + 1].unsqueeze(3)], 3)
     return known
 
@@ -259,21 +259,21 @@ def grouping(phi, v, noise):
     x = phi + 1e-3                                         # no symbol is impossible
     log = x.log()
     own = (x * log).sum(-1)                                # (K, n)
-    distance = (own[:, None] - log @ x.mT).clamp(min=0)    # (K, n, n): of column from row
+    distance = (own[:, None] - log @ x.mT).clamp(min=0)    # (K, n, n): [i, j] is KL(x_j | x_i)
 
     # greedy k-means++: a few tuples are drawn in proportion to their distance from the nearest
     # seed, and the one that leaves the least distance is the next seed
     near = torch.full((K, STARTS, n), 1e9, device=x.device)
     k = torch.arange(K, device=x.device)[:, None]
-    seeds = []
+    picked = []
     for draw in noise.unbind(1):
         upto = near.cumsum(-1)                             # (K, STARTS, n)
         trials = torch.searchsorted(upto, draw * upto[..., -1:]).clamp(max=n - 1)
         left = torch.minimum(near[:, :, None], distance[k[..., None], trials]).sum(-1)
         best = left.argmin(-1, keepdim=True)               # (K, STARTS, 1)
-        seeds.append(trials.gather(-1, best)[..., 0])
-        near = torch.minimum(near, distance[k, seeds[-1]])
-    parents = x[k, torch.stack(seeds, -1).flatten(1)]      # (K, STARTS v, D)
+        picked.append(trials.gather(-1, best)[..., 0])
+        near = torch.minimum(near, distance[k, picked[-1]])
+    parents = x[k, torch.stack(picked, -1).flatten(1)]      # (K, STARTS v, D)
 
     # then k-means: the likeliest parent of each tuple, the mean tuple of each parent
     for _ in range(ROUNDS):
@@ -315,7 +315,8 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
     loss = -(weight * chance.log()).flatten(-2).sum(-1) / (n * (n - 1))
     if sparsity:
-        loss = loss + sparsity * entropy(codes).mean(-1)
+        # a code that has become exactly 0 has no gradient
+        loss = loss + sparsity * entropy(codes.clamp(min=1e-30)).mean(-1)
     return loss
 
 
@@ -553,15 +554,15 @@ class Predictor:
         return f"Predictor(target={self.target}, {sizes}, diverged={self.diverged})"
 
     @torch.no_grad()
-    def codes(self, x):
-        """Strings (P, s^L) -> the soft codes of levels 1..L-1, (P, s^(L-l), d)."""
+    def codes(self, x, lowest=1):
+        """Strings (P, s^L) -> the soft codes of levels lowest..L-1, (P, s^(L-l), d)."""
         x, L = as_strings(x, self.v, self.s, self.L)
         x = x.to(next(self.network.parameters()).device)
         # phi is largest on level 0, where a string has s^(L-1) tuples
         sizes, T = self.network.sizes, self.s**L
         largest = T // self.s * math.prod(sizes["heads"][0]) * sizes["d"]
         chunk = min(CHUNK_TOKENS // T, CHUNK_NUMBERS // largest) + 1
-        parts = [self.network(some[None])[1][1:] for some in x.split(chunk)]
+        parts = [self.network(some[None])[1][lowest:] for some in x.split(chunk)]
         return [torch.cat(level, 1)[0] for level in zip(*parts)]
 
     def label(self, x):
@@ -597,12 +598,13 @@ def score(learned, levels, truth):
     """([accuracy], [symbols in use], below) of the levels 1..L of fresh strings.
 
     levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
-    codes; a symbol in use is that of 1 in 1000 tuples. The root is read from the final code by
+    codes; a symbol is in use if 1 in 1000 tuples has it. The root is read from the final code by
     the paper's linear probe, trained on levels. below: the accuracy of that probe on level L-1,
     node by node (fig. 3 right). With v m codes or more it can be 1 though no synonyms share one:
     the probe itself learns each tuple's parent."""
     right, in_use, v = [], [], learned.v
-    known, codes = learned.codes(levels[0])[-1], learned.codes(truth[0])
+    (known,) = learned.codes(levels[0], lowest=learned.L - 1)
+    codes = learned.codes(truth[0])
     for code, symbols in zip(codes, truth[1:]):
         labels = code.argmax(-1)
         right.append(accuracy(labels, symbols, v))
@@ -649,9 +651,9 @@ def main():
     add = parser.add_argument
     add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
-    add("--trace", metavar="FILE.csv", type=new_file, help="write accuracy and loss by the step")
-    add("--save", metavar="FILE", type=new_file, help="write the weights, for predictor.load")
-    add("--resume", metavar="FILE", type=new_file,
+    add("--trace", metavar="FILE.csv", type=out_file, help="write accuracy and loss by the step")
+    add("--save", metavar="FILE", type=out_file, help="write the weights, for predictor.load")
+    add("--resume", metavar="FILE", type=out_file,
         help="go on from this file if it exists, and write the state of training to it")
     args = parser.parse_args()
     device = pick_device(parser, args.device)

@@ -14,13 +14,13 @@ For every method, size, depth and seed the sweep climbs a *ladder* of sample siz
 twice the last. One seed is one fresh grammar and one fresh sample. A ladder ends
   - when the highest level of the tree below the root, L-1, is recovered: an accuracy of
     0.95 or more on fresh strings, on two rungs in a row;
-  - at --max-samples ("beyond Pmax");
+  - at --max-samples ("beyond Pmax"), or where memory ends ("limited by memory");
   - for a network, whose steps are fixed ("limited by steps"): before it would see each
     string fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not
     raised its best accuracy by 0.05.
 P50, the P* of the tables, is the smallest P from which the accuracy is 0.5 or more on two
-rungs in a row, interpolated in log P; P90 is the same for 0.9. What higher rungs bring
-changes neither.
+rungs in a row, interpolated in log P; P90 is the same for 0.9. Higher rungs change
+neither, once it is found.
 
 It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
 (samples_vs_depth.csv, .md), pictures and, in settings.json, what the rows don't say.
@@ -97,7 +97,7 @@ def ours(file, **more):
 LEARNERS = {
     # a ladder begins where fewer than half of the top tuples can be seen
     "cluster": ours(cluster, first=lambda v, s, m: v * m / (2 * s), seconds=0.005),
-    # a network's cell begins with three rungs of its three seeds
+    # side: a network's cell begins with three rungs of its three seeds
     "predictor": ours(
         predictor, first=lambda v, s, m: v * m**2, seconds=0.45, side=9, seeds=3,
         sees=lambda v, options: options.steps * (options.batch or 8 * v),
@@ -380,7 +380,7 @@ def size_table(size, rows, is_long):
     names = dict.fromkeys(row["method"] for row in rows)
     for part, name in itertools.product(("", "root_"), names):
         line = {row["L"]: row for row in rows if row["method"] == name and part + "stars" in row}
-        stars = {L: row[part + "stars"] for L, row in line.items() if L > 2 and row["stars"]}
+        stars = {L: row[part + "stars"] for L, row in line.items() if L > 2 and row[part + "stars"]}
         growth = slope(stars, math.exp)
         if growth and not is_long:          # 80 columns have no room for its interval
             growth = growth.partition(" [")[0]
@@ -408,17 +408,18 @@ def tables(rows, is_long):
         sizes.setdefault(size, []).append(row)
         notes |= row["notes"] | row.get("root_notes", set())
         if row["stars"]:
-            size = "{method}: v={v} s={s} L={L} zipf={zipf:g}".format(**row)
-            over_m.setdefault(size, {})[row["m"]] = row["stars"]
+            series = "{method}: v={v} s={s} L={L} zipf={zipf:g}".format(**row)
+            over_m.setdefault(series, {})[row["m"]] = row["stars"]
     text = [size_table(size, sizes[size], is_long) for size in sizes]
-    for size, stars in over_m.items():
+    for series, stars in over_m.items():
         exponent = slope({math.log(m): stars[m] for m in stars}, float)
         if exponent and is_long:
-            text.append(f"{size}, exponent of m in P* {exponent} {min(stars)}..{max(stars)}")
+            text.append(f"{series}, exponent of m in P* {exponent} {min(stars)}..{max(stars)}")
     # only the marks that stand above are explained
     legend = [f"{mark} {note}" for note, mark in MARKS.items() if mark and note in notes]
-    for row in [row for row in rows if row["status"] == "not run"][-1:]:
-        legend.append(f"--methods {row['method']} --depth {row['L']} runs the last of these")
+    not_run = [row for row in rows if row["status"] == "not run"]
+    if not_run:
+        legend.append("--methods {method} --depth {L} runs the last of these".format(**not_run[-1]))
     return "\n\n".join([*text, ", ".join(legend)]).rstrip()
 
 
@@ -497,7 +498,7 @@ def seconds_left(cell, seeds, runs, cap):
     """What ladders may still cost: their rungs to come, as long as the cell's were so far."""
     ladders = [runs.get((cell, seed), {}) for seed in seeds]
     climbs = [climb(cell, rungs, cap) for rungs in ladders]
-    # they are expected to end where the first has, and before that at 8 times the P* of theory
+    # they are expected to end where the highest has, or else at 8 times the P* of theory
     ends = [climbed[-1] for climbed, P, _ in climbs if P is None]
     is_steep = LAW.get(read_method(cell.method).target) == "m"
     theory = cell.v * cell.m ** (cell.L + 1 if is_steep else 3)
@@ -663,7 +664,8 @@ class Folder:
                 if here != value:
                     raise Refused(f"out: made with {key}'s {name} = {value}, which is now {here}")
         path.mkdir(parents=True, exist_ok=True)
-        self.write("settings.json", json.dumps(settings, indent=1) + "\n")
+        if stored != settings:
+            self.write("settings.json", json.dumps(settings, indent=1) + "\n")
         self.file.parent.mkdir(exist_ok=True)
 
     def read_settings(self):
@@ -695,8 +697,11 @@ class Folder:
         """Put finished runs, {(P, seed): Run}, on disk and into self.runs."""
         lines = [] if self.file.exists() else [HEADER]
         for (P, seed), run in found.items():
+            made = lines_of(cell, P, seed, run)
+            for line in made:
+                read_line(line.strip())     # raises before a wrong value is on disk
             # level 1 comes last: a run with it is whole
-            lines += reversed(lines_of(cell, P, seed, run))
+            lines += reversed(made)
         with open(self.file, "ab") as file:
             file.write("".join(lines).encode())
         for (P, seed), run in found.items():
@@ -859,8 +864,7 @@ def end(error, folder):
 def main():
     # torchrun says which of its processes this is: rank 0 speaks for all
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
-        torch.set_num_threads(1)            # as in a pool
+    torch.set_num_threads(1)                # as in a pool: results don't depend on --jobs
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     has_affinity = hasattr(os, "sched_getaffinity")

@@ -756,6 +756,10 @@ def test_clustering_loss_equals_the_double_loop():
             total -= like if alike[k, i, j] else unlike
         entropy = -float((codes[k] * codes[k].log()).sum()) / 7
         assert found[k].item() == pytest.approx(total / 42 + 0.2 * entropy, rel=1e-3)
+    # a code may become exactly one-hot
+    logits = torch.tensor([[[0.0, 200.0], [1.0, 0.0]]], requires_grad=True)
+    predictor.clustering_loss(logits.softmax(-1), alike[:1, :2, :2], 0.3, 0.2).sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -1093,6 +1097,10 @@ def test_unseen_synonym_accuracy_tells_knowing_a_level_from_looking_it_up(level)
     assert unseen[level - 1] == 1 and seen[level - 1] == 1 and not collapsed[level - 1]
     unseen, seen, _ = data2vec.unseen_synonyms(oracle(g, level, raw=True), g, 0, settings)
     assert seen[level - 1] > 0.99 and unseen[level - 1] < 0.4
+    # a single string may have no unseen tuple
+    known, one = oracle(g, level, raw=False), options(test_strings=1)
+    found = [data2vec.unseen_synonyms(known, g, seed, one)[0][level - 1] for seed in range(8)]
+    assert set(found) == {0, 1}
     with refused("m: must be 2 or more"):
         data2vec.unseen_synonyms(lambda x: [], Grammar.random(8, 2, 1, 3, 0), 0, settings)
 
@@ -1520,6 +1528,12 @@ def test_what_is_learned_can_be_saved_and_nothing_else_loaded(learner, settings,
             learner.load(file)
 
 
+def test_a_model_can_be_loaded_even_if_its_measure_would_not_fit(tmp_path):
+    model = data2vec.fit(STRINGS, 4, 2, **TINY["tree"] | {"width": 1024, "test_strings": 2**20})
+    model.save(tmp_path / "ours")
+    assert repr(data2vec.load(tmp_path / "ours")) == repr(model)
+
+
 SHOWN = {
     (predictor, "latent"): "codes=128.*symbols in use.*linear probe",
     (data2vec, "several"): "untrained\n(level [12] +unseen synonyms[^\n]+\n){2}"
@@ -1920,6 +1934,12 @@ def test_a_new_learner_is_one_function_and_one_line(tmp_path, sweep_here, monkey
     before = files(tmp_path)
     code, out, said = sweep_here(flags)  # all is there
     assert code == 0 and "mine, root" in out and files(tmp_path) == before, said
+    wrong = lambda *args, **more: [grammar.Score([math.nan] * 3, [False] * 3)]
+    monkeypatch.setitem(sweep.LEARNERS, "mine", sweep.Learner(wrong))
+    sweep.read_method.cache_clear()
+    with pytest.raises(sweep.ArgumentTypeError, match="from 0 to 1, not 'nan'"):
+        sweep_here(f"{flags} --seeds 3")
+    assert files(tmp_path) == before    # what cannot be read again is not written
     monkeypatch.delitem(sweep.LEARNERS, "mine")
     sweep.read_method.cache_clear()
     code, _, said = sweep_here("--methods cluster --depth 2")
@@ -2084,11 +2104,11 @@ def test_unknown_targets_share_the_panel_and_have_their_own_colours(tmp_path):
     assert kind == "depth" and root["method"] == "mine-token"
     assert {(cell["method"], cell["L"]): cell["state"] for cell in tree} == {
         ("cluster-first", 3): "", ("cluster-first", 4): "",
-        ("cluster-token", 3): "beyond Pmax", ("cluster-token", 4): "not finished",
+        ("cluster-token", 3): "beyond the ladder", ("cluster-token", 4): "not finished",
         ("mine-token", 3): "below Pmin",
         ("data2vec-token:mask=0.15:steps=8000", 3): "limited by steps",
     }  # and none for what was not run
-    assert root["state"] == "beyond Pmax"  # the status is not the root's
+    assert root["state"] == "beyond the ladder"  # the status is not the root's
 
     figure = plot.draw_depth({"depth": rows, "runs": []})
     axis, _ = figure.axes
