@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_apart, check_memory, check_runs, choice,
+    as_strings, check_files, check_memory, check_runs, choice,
     given_settings, grammar_from_flags, linear_probe, open_trace, option, out_file, paper_preset,
     pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
 )
@@ -701,7 +701,7 @@ def unseen_synonyms(features, grammar, seed, options, device="cpu"):
     return [list(column) for column in zip(*results)]
 
 
-def mlp_probe(features, labels, v, steps):
+def mlp_probe(features, labels, v, steps, lr=1e-3):
     """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
 
     features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
@@ -710,7 +710,7 @@ def mlp_probe(features, labels, v, steps):
     net = TwoLayers(R, d, 2 * d, aligned(v))
     net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
     random = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(net.parameters(), lr)
     for _ in range(steps):
         rows = torch.randint(n, (batch,), generator=random).to(features.device)
         keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
@@ -916,7 +916,7 @@ def main():
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        check_apart(args)
+        check_files(args)
         if args.target == "token":      # print_scores needs it, for one string at a time
             check_memory("m", grammar.posterior_bytes(1), "the exact limit")
     except ValueError as error:

@@ -680,11 +680,14 @@ def choice(*words):
     return option(str, lambda word: word in words, f"one of {', '.join(words)}")
 
 
-def in_a_folder(path):
-    return path and not os.path.isdir(path) and os.path.isdir(os.path.dirname(path) or ".")
+def can_be_written(path):
+    if os.path.exists(path):
+        return not os.path.isdir(path) and os.access(path, os.W_OK)
+    folder = os.path.dirname(os.path.realpath(path))
+    return path and os.path.isdir(folder) and os.access(folder, os.W_OK)
 
 
-out_file = option(str, in_a_folder, "a file in a folder that exists")
+out_file = option(str, can_be_written, "a file in a folder that exists and can be written to")
 TRUTH = {"true": True, "false": False}
 switch = option(lambda text: TRUTH[text.lower()], lambda value: True, "true or false")
 
@@ -738,9 +741,14 @@ def pick_device(parser, name):
     return name
 
 
-def check_apart(args):
-    """Raise ValueError, naming the flag, if two files to be written are one."""
+def check_files(args):
+    """Raise ValueError, naming the flag, if two files to be written are one, or one that is
+    written as a whole is a device."""
     given = [name for name in ("trace", "save", "resume") if getattr(args, name)]
+    for name in given:
+        path = getattr(args, name)
+        if name != "trace" and os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{name}: must be a file, not {path}")
     for one, other in itertools.combinations(given, 2):
         if os.path.realpath(getattr(args, one)) == os.path.realpath(getattr(args, other)):
             raise ValueError(f"{other}: must be another file than that of --{one}")
@@ -853,6 +861,9 @@ def run_script(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            # a path may have letters that a terminal has not
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
@@ -964,7 +975,7 @@ def main():
             parser.error(f"argument --{flag}: only goes with --contrast")
 
     try:
-        if args.load:
+        if args.load is not None:
             grammars = [Grammar.load(args.load)]
         else:
             seeds = range(args.seed, args.seed + (args.seeds or 1))

@@ -759,6 +759,9 @@ def main():
     parser = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
     parser.add_argument("out", nargs="*", default=["out"], help="folders of sweeps, or CSV files")
     names = parser.parse_args().out
+    if hasattr(sys.stdout, "reconfigure"):
+        # a path may have letters that a terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for picture in draw(*names):
             print(f"wrote {picture}", flush=True)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from grammar import (
     TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, accuracy, add_grammar_flags,
-    add_settings, as_strings, check_apart, check_memory, check_runs, check_whole, choice, cousins,
+    add_settings, as_strings, check_files, check_memory, check_runs, check_whole, choice, cousins,
     given_settings, grammar_from_flags, linear_probe, open_trace, out_file, paper_preset,
     pick_device, read_settings, real, run_script, strings_bytes, whole, write_whole,
 )
@@ -662,7 +662,7 @@ def main():
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
     try:
         check_size(v, s, m, L, P, args.target, **settings)
-        check_apart(args)
+        check_files(args)
     except ValueError as error:
         parser.error(f"argument --{error}")
 

@@ -530,14 +530,18 @@ def time_bar(disable):
     with one job this process is at work itself."""
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1, bar_format=layout, smoothing=0, disable=disable) as bar:
-        bar.left, began, is_over = 0, time.time(), threading.Event()
+        bar.left, began, is_over = 0, time.monotonic(), threading.Event()
 
         def keep_moving():
-            while True:
+            while not bar.disable:
                 over = is_over.wait(1)
-                bar.n = time.time() - began
+                bar.n = time.monotonic() - began
                 bar.total = bar.n + bar.left
-                bar.refresh()
+                try:
+                    with bar.get_lock():    # refresh alone would keep it if it fails
+                        bar.refresh(nolock=True)
+                except OSError:             # nobody reads what we print
+                    bar.disable = True
                 if over:
                     break
 
@@ -558,7 +562,7 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
     running = {}                            # future -> (Cell, batch)
     expect = lambda cell: seconds_left(cell, cells[cell], folder.runs, cap)
     left = {cell: expect(cell) for cell in cells}
-    due = time.time()                       # for the next tables
+    due = time.monotonic()                  # for the next tables
     pool = OneProcess()
     if jobs > 1:
         spawn = multiprocessing.get_context("spawn")
@@ -587,11 +591,11 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
                     left[cell] = expect(cell)
                     report(cell, found, folder.runs, is_done=left[cell] == 0)
                 # tables are made from all files, others' too: let that be 5 % of the time
-                if rank == 0 and time.time() > due:
-                    start = time.time()
+                if rank == 0 and time.monotonic() > due:
+                    start = time.monotonic()
                     with suppress(OSError):     # held by another program, perhaps
                         write_tables()
-                    due = time.time() + max(1, 20 * (time.time() - start))
+                    due = time.monotonic() + max(1, 20 * (time.monotonic() - start))
                     left = {cell: expect(cell) for cell in cells}
             bar.left = 0
     finally:
@@ -806,6 +810,11 @@ def span(low, high):
     return read
 
 
+def zipf(text):
+    """An argparse type: the number that runs.csv will have, with six digits."""
+    return float(format(real(0, 10)(text), DIGITS["zipf"]))
+
+
 def cells_from_flags(args):
     """({Cell: seeds}, the cells left out unless asked for by name), or a ValueError."""
     words = args.methods.split(",")
@@ -863,7 +872,7 @@ def end(error, folder):
 
 def main():
     # torchrun says which of its processes this is: rank 0 speaks for all
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     torch.set_num_threads(1)                # as in a pool: results don't depend on --jobs
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -877,7 +886,7 @@ def main():
     flag("--m", type=span(1, 2**24), default=[3], help="rules per symbol, as --depth (default 3)")
     flag("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     flag("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    flag("--zipf", type=real(0, 10), default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
+    flag("--zipf", type=zipf, default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
     flag("--methods", default="all",
          help=f"{', '.join(DEFAULT)} or all (the default; networks at some depths of 2..4); "
               "or any LEARNER-TARGET:SETTING=VALUE; separated by commas")
