@@ -474,6 +474,8 @@ def paper_stars(method, v, s, zipf, L, paper):
 
 def draw_ladders(axis, rows, scale, paper):
     """Accuracy against P / scale(m), a line for every m and seed, and a star for the paper's P*."""
+    from matplotlib.ticker import LogLocator
+
     several = sorted({row["m"] for row in rows})
     star = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": ""}
     for k, m in enumerate(several):
@@ -488,6 +490,11 @@ def draw_ladders(axis, rows, scale, paper):
         axis.plot([], [], label="paper's P*", color="white", **star)
     axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xscale="log", ylim=(-0.02, 1.05))
+    low, high = axis.get_xlim()
+    if high / low < 100:  # powers of ten alone are too few
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def spread_text(rows, scale):
