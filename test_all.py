@@ -38,6 +38,8 @@ from grammar import Grammar, accuracy, linear_probe, tuple_codes
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and to fork processes")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no bash, links and kill -9")
 
 
 def samples_of(n, v=4):
@@ -481,6 +483,7 @@ def test_load_refuses_what_is_no_grammar(tmp_path):
         Grammar.load(tmp_path / "missing")
 
 
+@posix
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path, link = tmp_path / "kept", tmp_path / "link"
     grammar.write_whole(path, lambda file: file.write(b"old"))
@@ -563,6 +566,7 @@ def test_contrast_as_a_script(call):
     assert float(row["P_noise"]) == pytest.approx(24 / square, rel=1e-4)
 
 
+@posix
 def test_a_reader_that_has_gone_is_no_error():
     words = ["bash", "-c", f"{shlex.quote(sys.executable)} grammar.py --depth 3 | head -1"]
     broken = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=120)
@@ -1226,7 +1230,7 @@ def one_of_two(rank, port, argv):
     data2vec.main()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked only on Linux")
+@linux
 @pytest.mark.parametrize("preset, target", [("tree", "latent"), ("transformer", "token")])
 def test_two_processes_train_as_one(preset, target, call):
     """The same loss at every step, to 1e-4, from batches split 5 to 4; one writes the files."""
@@ -1522,6 +1526,7 @@ learner.main()
 """
 
 
+@posix
 @pytest.mark.parametrize("learner, block, flags", [
     (predictor, "BLOCK", ""),
     (data2vec, "DRAWN", "--preset transformer --batch 8 --width 16 --hidden 16 --dropout 0.1 "
@@ -1971,6 +1976,7 @@ def test_sweeps_that_are_killed_stopped_or_not_alone_give_the_same_bytes(tmp_pat
     assert not list(tmp_path.rglob("*.part"))
 
 
+@linux
 def test_torchrun_of_a_sweep_survives_a_killed_rank(tmp_path, sweep_here):
     """Begun by one process, gone on with by two, of which one is killed and started again."""
     code, table, _ = sweep_here(SMALL, "whole")
