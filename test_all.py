@@ -1367,7 +1367,8 @@ def test_scores_are_taken_on_strings_that_no_training_saw(learner, monkeypatch):
         return sample(g, P, seed, *more, **settings)
 
     monkeypatch.setattr(Grammar, "sample", recorded)
-    learner.recover([Grammar.random(4, 2, 2, 3, 0)], [64], [7], **QUICK[learner])
+    settings = STRONG if learner is data2vec else QUICK[learner]
+    learner.recover([Grammar.random(4, 2, 2, 3, 0)], [64], [7], **settings)
     assert drawn.count(7) == 1 and (7, 1) in drawn
 
 
@@ -1573,7 +1574,8 @@ def test_a_killed_script_goes_on_to_the_same_bytes(learner, block, flags, call, 
 
 
 @pytest.mark.parametrize("learner, settings", [
-    (predictor, {"steps": 3}), (data2vec, TINY["tree"]), (data2vec, TINY["transformer"]),
+    (predictor, {"steps": 3}), (data2vec, TINY["tree"] | FEW),
+    (data2vec, TINY["transformer"] | FEW),
 ], ids=name_of)
 def test_what_is_learned_can_be_saved_and_nothing_else_loaded(learner, settings, tmp_path):
     file, target = tmp_path / "ours", learner.TARGETS[-1]
