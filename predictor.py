@@ -315,7 +315,7 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
     loss = -(weight * chance.log()).flatten(-2).sum(-1) / (n * (n - 1))
     if sparsity:
-        # a code that has become exactly 0 has no gradient
+        # at exactly 0, which a softmax can reach, the gradient would be nan
         loss = loss + sparsity * entropy(codes.clamp(min=1e-30)).mean(-1)
     return loss
 
