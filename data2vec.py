@@ -45,6 +45,8 @@ CLIP = 1.0                      # largest norm of a gradient
 SMOOTH_L1_BETA = 4.0            # errors above it count linearly
 PIECE = 512                     # strings encoded at a time when measuring
 DRAWN = 100                     # steps whose strings and masks are drawn at once
+# settings for check_size where nothing is measured
+NO_MEASURE = {"test_strings": 1, "probe_strings": 1}
 
 MASK_WORDS = "top", "mixed"     # in place of a level
 mask_block = option(
@@ -553,8 +555,7 @@ def load(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         options = read_settings(SETTINGS, PRESETS, saved["settings"])
         v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
-        tested = {"test_strings": 1, "probe_strings": 1}    # nothing is measured here
-        check_size(v, s, 2, L, 1, target, **saved["settings"] | tested)
+        check_size(v, s, 2, L, 1, target, **saved["settings"] | NO_MEASURE)
         network = Network(1, v, s, L, target, options).requires_grad_(False)
         network.load_state_dict(saved["weights"])
     except OSError:
@@ -635,8 +636,8 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
     world = rank_and_world()[1]
     if options.batch < world:
         raise ValueError(f"batch: must be {world} or more, a string a process")
-    # of anyone's strings m is not known, and nothing is measured here
-    check_size(v, s, 2, L, P, target, **settings | {"test_strings": 1, "probe_strings": 1})
+    # of anyone's strings m is not known
+    check_size(v, s, 2, L, P, target, **settings | NO_MEASURE)
 
     student = Network(len(xs), v, s, L, target, options)
     initialise(student, [stream(seed, 0) for seed in seeds]).to(device)

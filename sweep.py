@@ -533,7 +533,8 @@ def time_bar(disable):
         bar.left, began, is_over = 0, time.monotonic(), threading.Event()
 
         def keep_moving():
-            while not bar.disable:
+            over = False
+            while not (over or bar.disable):
                 over = is_over.wait(1)
                 bar.n = time.monotonic() - began
                 bar.total = bar.n + bar.left
@@ -542,8 +543,6 @@ def time_bar(disable):
                         bar.refresh(nolock=True)
                 except OSError:             # nobody reads what we print
                     bar.disable = True
-                if over:
-                    break
 
         mover = threading.Thread(target=keep_moving, daemon=True)
         mover.start()
