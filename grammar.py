@@ -361,14 +361,11 @@ def distance_of_contexts(joint, inner):
 
 
 def draw_other(rng, weight, old):
-    """Draw one index for every entry of old, in proportion to weight, but never the entry."""
-    ends = weight.cumsum()
-    # a place on the line of all weights, which jumps over the piece of old
-    u = rng.random(len(old)) * (ends[-1] - weight[old])
-    u = np.where(u < (ends - weight)[old], u, np.maximum(u + weight[old], ends[old]))
-    # rounding may lead past the last piece that is allowed
-    last = len(weight) - 1 - (old == len(weight) - 1)
-    return np.minimum(np.searchsorted(ends, u, side="right"), last)
+    """Draw an index for every entry of old, with probabilities weight, but never the entry."""
+    new = old.copy()
+    while (same := np.flatnonzero(new == old)).size:
+        new[same] = rng.choice(len(weight), len(same), p=weight)
+    return new
 
 
 def generator(stream, seed):
