@@ -13,9 +13,10 @@ h(0) = x; then from the leaves up, for every level l = 0 .. L-2:
      hence the same context;
   4. a tuple's group is its symbol of level l+1.
 
-All depends on the target. Every level between it and the tuple costs a factor of m:
+The target decides how many strings are needed: every level between it and the tuple costs a
+factor of m:
   latent  the level-l symbols of its cousins (tuples under the same grandparent), as
-          just learned: v m^3 strings do for every level. This is Algorithm 1;
+          just learned: v m^3 strings, the same on every level. This is Algorithm 1;
   token   the raw tokens under the cousins, l levels further down: v m^(l+3);
   root    the root label, L-l levels up: v m^(L-l);
   joint   the cousin tuple itself, one of v m: v m^2. The table of cousin pairs is
@@ -23,9 +24,9 @@ All depends on the target. Every level between it and the tuple costs a factor o
 These laws are measured by sweep.py; the table is in README.md.
 
 Time grows as P s^(L+1), for tokens L times that, plus k-means of v m contexts a level. Memory
-is P s^L bytes for the strings, and v m contexts of s^2 (s-1) v numbers: for tokens of level l
-s^l times as many, for the root s^(L-l-1) v; for joint s (s-1) tables of (v m)^2. Runs of a
-sweep go one by one.
+holds P s^L bytes of strings and, on level l, v m contexts. A context has s^2 (s-1) v numbers,
+for tokens s^l times as many, for the root s^(L-l-1) v. Joint has s (s-1) tables of (v m)^2
+instead. A sweep makes its runs one after the other.
 """
 
 import torch
@@ -39,17 +40,17 @@ from grammar import (
 )
 
 CHUNK_TOKENS = 2**18    # tokens counted at a time: the arithmetic stays in the cache
-DENSE_TUPLES = 2**22    # up to this v^s a tuple's number is one look-up, above a search
+DENSE_TUPLES = 2**22    # up to this v^s a table gives a tuple's number, beyond it a search
 
 TARGETS = ("latent", "token", "root", "joint")
 SETTINGS = (  # name, type, default, the paper's value, help
     Setting("positions", choice("all", "cousins", "element"), "all", "cousins",
-            "all: every tuple, and all under its cousins; cousins: one tuple position, "
-            "and all under its cousins; element: that position and one element"),
-    Setting("restarts", whole(1, 2**12), 64, None, "starts of k-means, the best counts"),
-    Setting("trials", whole(1, 2**8), 4, None, "candidates for each centre of a start"),
-    Setting("starts", whole(1, 2**12), 16, None, "starts of the joint clustering"),
-    Setting("rounds", whole(1, 2**16), 30, None, "rounds of either clustering at most"),
+            "all: every tuple position, with all its targets; cousins: one position, with "
+            "all its targets; element: one position, with one target"),
+    Setting("restarts", whole(1, 2**12), 64, None, "starts of k-means; the best is kept"),
+    Setting("trials", whole(1, 2**8), 4, None, "k-means++ candidates for each first centre"),
+    Setting("starts", whole(1, 2**12), 16, None, "as restarts, but for target joint"),
+    Setting("rounds", whole(1, 2**16), 30, None, "most rounds of k-means, and of relabelling"),
 )
 PRESETS = {"default": {}, "paper": paper_preset(SETTINGS)}
 
@@ -62,7 +63,8 @@ class Support:
     """The tuples seen in h, numbered 0..K-1 in the order of their codes.
 
     h: (P, n) integer tensor of symbols 0..v-1, n a multiple of s. codes: (K,) int64,
-    sorted, the base-v numbers of the tuples that occur in h."""
+    sorted, the base-v numbers of the tuples that occur in h. number: (v^s,) int64, the
+    number of every code, K if it was not seen; None if v^s is too large."""
 
     def __init__(self, h, v, s):
         self.v, self.s, self.number = v, s, None
@@ -85,12 +87,12 @@ class Support:
         and for one that holds a negative symbol."""
         codes, K = self.spell(h), len(self.codes)
         if self.number is not None:
-            inside = codes.clamp(0, self.v**self.s - 1)
+            inside = codes.clamp(0, self.v**self.s - 1)     # a negative symbol may lead out
             found = self.number.index_select(0, inside.flatten()).view_as(codes)
         else:
             found = torch.searchsorted(self.codes, codes).clamp(max=K - 1)
             found[self.codes[found] != codes] = K
-        if h.dtype == torch.uint8:
+        if h.dtype == torch.uint8:  # it has no negative symbols
             return found
         unknown = (h < 0).unflatten(1, (-1, self.s)).any(2)
         return found.masked_fill(unknown, K)
@@ -121,8 +123,8 @@ def beside(h, x, root, support, target):
     """The tuples at every position of a family, and the targets beside each.
 
     h: (p, n) uint8 level-l symbols; x: (p, s^L) tokens; root: (p,) labels.
-    Returns (tuples, seen): tuples (T, 1, q), the numbers of the tuples at T positions in q
-    families; seen (T, E, q), the E targets of each. A family is the T = s tuples under one
+    Returns (tuples, targets): tuples (T, 1, q), the numbers of the tuples at T positions in q
+    families; targets (T, E, q), the E targets of each. A family is the T = s tuples under one
     grandparent. For target root it is the whole string, T = n/s, q = p, since P(root | tuple)
     depends on where the tuple stands."""
     s, tuples = support.s, support.ids(h)                   # (p, n/s)
@@ -132,30 +134,31 @@ def beside(h, x, root, support, target):
     tuples = tuples.reshape(-1, s)                          # (q, s)
     below = below.reshape(len(tuples), s, -1)               # (q, s, e)
     below = below.permute(1, 2, 0).contiguous()             # (s, e, q)
-    seen = below[cousins(s, h.device)].flatten(1, 2)        # (s, (s-1) e, q)
-    return tuples.T[:, None], seen
+    targets = below[cousins(s, h.device)].flatten(1, 2)     # (s, (s-1) e, q)
+    return tuples.T[:, None], targets
 
 
 def count(h, x, root, support, target, positions):
     """How often each tuple stood beside each target symbol: (T E, K, symbols) int64, a
-    table for every tuple position and every target of it, as beside lists them."""
+    table for each of T positions and E targets of beside (one position unless positions is
+    "all", one target if it is "element"). symbols is v, for joint K."""
     K, s, v = len(support.codes), support.s, support.v
     symbols = K if target == "joint" else v
-    if positions != "all":                                  # the first grandparent alone
+    if positions != "all":                                  # only the first grandparent
         h, x = h[:, : s * s], x[:, : s * s * (x.shape[1] // h.shape[1])]
     tables = 0
     for rows in chunks(x):
         label = None if root is None else root[rows]
-        tuples, seen = beside(h[rows], x[rows], label, support, target)
+        tuples, targets = beside(h[rows], x[rows], label, support, target)
         if positions != "all":
-            tuples, seen = tuples[:1], seen[:1]             # its first tuple alone
+            tuples, targets = tuples[:1], targets[:1]       # only its first tuple
         if positions == "element":
-            seen = seen[:, :1]
-        T, E, _ = seen.shape
+            targets = targets[:, :1]
+        T, E, _ = targets.shape
         table = torch.arange(T * E, device=h.device).view(T, E, 1)
-        # (table K + tuples) symbols + seen, in place on a tensor of our own: this is the hot
-        # loop, and that saves a quarter of its time
-        cell = seen.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+        # (table * K + tuple) * symbols + target. This is the hot loop: adding in place to a
+        # copy saves a quarter of its time
+        cell = targets.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
         cell += tuples * symbols + table * (K * symbols)    # (T, E, q)
         tables = tables + torch.bincount(cell.flatten(), minlength=T * E * K * symbols)
     return tables.view(-1, K, symbols)
@@ -184,16 +187,16 @@ def distances(X, centers):
     return (squares - 2 * X @ centers.mT).clamp(min=0)
 
 
-def spread_centers(X, k, random, restarts, trials):
+def spread_centers(X, k, rng, restarts, trials):
     """k-means++, greedy: the next centre is the best of a few points, each drawn in
     proportion to its squared distance from the centres so far. -> (restarts, k, d)"""
     each = torch.arange(restarts, device=X.device)
-    first = torch.randint(len(X), (restarts, 1), generator=random)
+    first = torch.randint(len(X), (restarts, 1), generator=rng)
     centers = X[first.to(X.device)]                         # (restarts, 1, d)
     nearest = distances(X, centers)[:, :, 0]                # (restarts, n)
     for _ in range(k - 1):
         reach = nearest.cumsum(1)
-        draw = torch.rand(restarts, trials, generator=random).to(X) * reach[:, -1:]
+        draw = torch.rand(restarts, trials, generator=rng).to(X) * reach[:, -1:]
         drawn = torch.searchsorted(reach, draw).clamp(max=len(X) - 1)
         candidates = X[drawn]                               # (restarts, trials, d)
         left = torch.minimum(nearest[:, :, None], distances(X, candidates))
@@ -203,15 +206,15 @@ def spread_centers(X, k, random, restarts, trials):
     return centers
 
 
-def kmeans(X, k, random, restarts=64, trials=4, rounds=30):
+def kmeans(X, k, rng, restarts=64, trials=4, rounds=30):
     """Lloyd's algorithm from k-means++ centres, all restarts side by side.
 
-    X: (n, d) float tensor; random: a CPU torch.Generator. Returns (labels, inertia), the
+    X: (n, d) float tensor; rng: a CPU torch.Generator. Returns (labels, inertia), the
     best restart first: (restarts, n) int64 in 0..k-1, and (restarts,) the summed squared
     distances to the centres. At most n clusters are made."""
     k = min(k, len(X))
     X = X - X.mean(0)
-    centers = spread_centers(X, k, random, restarts, trials)
+    centers = spread_centers(X, k, rng, restarts, trials)
     labels = None
     for _ in range(rounds):
         distance, nearest = distances(X, centers).min(2)    # (restarts, n)
@@ -226,14 +229,15 @@ def kmeans(X, k, random, restarts=64, trials=4, rounds=30):
     return labels[order], inertia
 
 
-def cluster_pairs(tables, v, random, starts=16, trials=4, rounds=30):
-    """The joint target: group the tuples by their (T, K, K) tables of cousin pairs.
+def cluster_pairs(tables, v, rng, starts=16, trials=4, rounds=30):
+    """The joint target: group the tuples by their (T, K, K) tables of cousin pairs, one
+    for each position and cousin.
 
-    The parents of cousins fill only v m of v^2 cells, so that in blocks of synonyms the
-    tables have a contrast of order one. First k-means in the v-1 leading directions of
-    the normalised residuals; then each tuple is relabelled by the likelihood of its
-    cousins' own labels, until nothing changes. The start counts whose labels tell most
-    about a cousin's label. Returns (K,) int64 labels."""
+    Of the v^2 pairs of parents at most v m occur, so that in blocks of synonyms the tables
+    have a contrast of order one. First, k-means groups the tuples in the v-1 leading
+    directions of the normalised residuals. Then each tuple takes the label that makes the
+    labels of its cousins likeliest, until nothing changes. The start is kept whose labels
+    have most mutual information with those of cousins. Returns (K,) int64 labels."""
     tables = tables.float()
     total = tables.sum((1, 2), keepdim=True)
     expected = tables.sum(2, keepdim=True) * tables.sum(1, keepdim=True) / total
@@ -242,10 +246,10 @@ def cluster_pairs(tables, v, random, starts=16, trials=4, rounds=30):
     U, S, _ = torch.linalg.svd(wide, full_matrices=False)
     # only the direction counts: the length says how often a tuple came
     X = F.normalize(U[:, : v - 1] * S[: v - 1])
-    labels, _ = kmeans(X, v, random, starts, trials, rounds)    # (starts, K)
+    labels, _ = kmeans(X, v, rng, starts, trials, rounds)    # (starts, K)
     for _ in range(rounds):
         member = F.one_hot(labels, v).to(tables)            # (starts, K, v)
-        # how often a tuple's cousin had each label, and a label's cousin
+        # counts of (tuple, its cousin's label) and (label, its cousin's label); 0.1: no log 0
         cousin = torch.einsum("tij,rjv->rtiv", tables, member)  # (starts, T, K, v)
         pairs = member.mT[:, None] @ cousin + 0.1           # (starts, T, v, v)
         total = pairs.sum((2, 3), keepdim=True)
@@ -280,8 +284,8 @@ class Tree:
         """Strings (P, s^L) -> levels: x itself in uint8, then the estimates of the levels
         1..L-1, levels[l] of shape (P, s^(L-l)) in int16, on the device of the training.
 
-        A tuple that was not seen in training is -1, and so is all above it. Raises
-        ValueError, naming x, unless x holds strings like those of fit."""
+        A tuple that was not seen in training gets the symbol -1, and so do its ancestors.
+        Raises ValueError, naming x, unless x holds strings like those of fit."""
         x, _ = as_strings(x, self.v, self.s, self.L)
         levels = [x.to(self.symbols[0].device)]
         for support, symbol in zip(self.supports, self.symbols):
@@ -301,16 +305,16 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     x, L = as_strings(x, v, s)
     check_target(target)
     root = check_root(root, x, v) if target == "root" else None
-    random = torch.Generator().manual_seed(int(generator("cluster", seed).integers(2**62)))
+    rng = torch.Generator().manual_seed(int(generator("cluster", seed).integers(2**62)))
     tree, h = Tree(v, s, L, target), x
     for l in range(L - 1):
         support = Support(h, v, s)
         tables = count(h, x, root, support, target, options.positions)
         if target == "joint":
-            labels = cluster_pairs(tables, v, random, options.starts, trials, rounds)
+            labels = cluster_pairs(tables, v, rng, options.starts, trials, rounds)
         else:
             phi = contexts(tables)
-            found, _ = kmeans(phi, v, random, options.restarts, trials, rounds)
+            found, _ = kmeans(phi, v, rng, options.restarts, trials, rounds)
             labels = found[0]
         tree.supports.append(support)
         tree.symbols.append(labels.to(torch.int16))
@@ -334,13 +338,13 @@ def check_root(root, x, v):
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
-    """Raise ValueError, naming the argument, if a run of this size can't work."""
+    """Raise ValueError, naming the argument, if a setting is wrong or needs too much memory."""
     options = read_settings(SETTINGS, PRESETS, settings)
     check_target(target)
     check_memory("depth", 3 * strings_bytes(TEST_STRINGS, s, L), "the test strings")
     check_memory("samples", strings_bytes(P, s, L), "the strings")
     K = min(v * m, P * s ** (L - 1))                        # tuples seen, at most
-    # T positions and E targets of each, as beside lists them, where they are most
+    # T positions and E targets of each as in beside, on the level that has most of them
     below = {"latent": s, "joint": 1}.get(target, s ** (L - 1))
     T, E = (s ** (L - 1), 1) if target == "root" else (s, (s - 1) * below)
     T = T if options.positions == "all" else 1
@@ -365,7 +369,7 @@ def run(grammar, P, seed, target, device, settings):
     check_size(v, s, m, L, P, target, **settings)
     levels = grammar.sample(P, seed, device)
     x, root = levels[0], levels[L][:, 0]
-    del levels                                              # the truth, half of the memory
+    del levels                                              # frees the hidden ones, half
     tree = fit(x, v, s, target, seed, root, **settings)
     truth = grammar.sample(TEST_STRINGS, (seed, 1), device)
     estimate = tree.label(truth[0])
@@ -405,7 +409,7 @@ def main():
     for l, right in enumerate(score.accuracy, 1):
         seen = f"{len(tree.symbols[l - 1])} of {v * m}"
         print(f"{l:5}   {seen:>11}   {right:8.3f}")
-    print("\nlevel 1 as learned: the pieces of string in a line are one symbol")
+    print("\nlevel 1 as learned: the tuples in one line are one symbol")
     for a in range(min(v, 8)):
         codes = tree.supports[0].codes[tree.symbols[0] == a]
         pieces = digits(codes.cpu().numpy(), v, s)          # (tuples, s)

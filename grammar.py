@@ -12,7 +12,8 @@ one of v, has m production rules, each an s-tuple of level-l symbols, and no tup
 parents. Tuples with the same parent are *synonyms*: to learn the grammar is to group the
 v m tuples of every level into v groups of synonyms.
 
-Whatever does not fit raises a ValueError of one line that begins with the argument's name.
+A wrong argument raises a ValueError of one line, which begins with the name of the argument or
+of its flag (depth for L, samples for P).
 """
 
 import argparse
@@ -35,10 +36,10 @@ import torch
 import torch.nn.functional as F
 
 CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
-TEST_STRINGS = 4096   # fresh strings, that every score is taken on
-RIDGE = 1e-3          # of the linear probe, on features of size about 1
-MEMORY = 2**34        # bytes: what would need more is refused before it starts
-SAVE_EVERY = 60       # seconds after which a training's state is written again
+TEST_STRINGS = 4096   # fresh strings on which a score is measured
+RIDGE = 1e-3          # penalty of the linear probe, for features of size about 1
+MEMORY = 2**34        # bytes; work that would need more is refused before it starts
+SAVE_EVERY = 60       # seconds between two writes of a training's state
 
 
 # ----------------------------------------------------------------------------------------
@@ -81,27 +82,28 @@ class Grammar:
         rng = generator("rules", seed)
         rules = []
         for _ in range(L):
-            # in random order, so that dealing in turn is a fair split
+            # in random order, so that any m in a row are a random set
             codes = rng.choice(v**s, size=v * m, replace=False)
             rules.append(digits(codes, v, s).reshape(v, m, s))
         return Grammar(v, s, m, L, rules, zipf)
 
     @staticmethod
     def load(file):
-        """The grammar in what `--save` wrote, or in an .npz of (v, m, s) arrays, the rules
-        that make the tokens first, or in an .npy of shape (L, v, m, s)."""
+        """Read the grammar from a file of `--save`, an .npz of arrays (v, m, s), rules[0]
+        first, or an .npy of shape (L, v, m, s). Raises ValueError, naming load."""
         try:
             with open(file, "rb") as opened:
                 found = np.load(opened, allow_pickle=False)
-                # an .npz has its arrays by name, an .npy is one array of all levels
-                arrays = dict(found if hasattr(found, "files") else enumerate(found))
+                if isinstance(found, np.ndarray):   # an .npy is one array of all levels
+                    found = {f"rules{l}": rule for l, rule in enumerate(found)}
+                arrays = dict(found)                # an .npz has its arrays by name
             zipf = float(arrays.pop("zipf", 0))
             # named rules0, rules1, ... or all arrays in their order
-            n = sum(str(name).startswith("rules") for name in arrays)
+            n = sum(name.startswith("rules") for name in arrays)
             rules = [arrays[f"rules{l}"] for l in range(n)] or list(arrays.values())
             v, m, s = rules[0].shape
             return Grammar(v, s, m, len(rules), rules, zipf)
-        except Exception as error:  # whatever foreign bytes lead to
+        except Exception as error:  # a foreign file can raise anything
             reason = str(error).partition("\n")[0]
             raise ValueError(f"load: {file} holds no grammar: {reason}") from None
 
@@ -110,8 +112,9 @@ class Grammar:
         rules, independently. Returns levels, L+1 uint8 tensors, levels[l] of shape
         (P, s^(L-l)): levels[0] are the strings, levels[L] the root labels.
 
-        A seed gives the same strings on every device, a smaller P the first of them.
-        without: a level from 1 on, whose symbols use rule 1 in place of rule 0."""
+        A seed gives the same strings on every device; a smaller P gives the first of them.
+        without: a level 1..L, whose symbols use rule 1 in place of rule 0: a probe of such
+        strings can be tested on synonyms that it has not seen."""
         v, s, m, L = self.v, self.s, self.m, self.L
         check_whole("samples", P, 1)
         check_memory("samples", strings_bytes(P, s, L), "the strings")
@@ -140,15 +143,15 @@ class Grammar:
         return [torch.from_numpy(level).to(device) for level in levels]
 
     def _pick(self, rng, shape):
-        """An array of the rules 0..m-1 that so many symbols pick."""
+        """Draw the rules 0..m-1 of symbols: an array of this shape."""
         if self.zipf:
             ends = self.p.cumsum(0)[:-1].numpy()
             return np.searchsorted(ends, rng.random(shape), side="right")
-        # random numbers are the slow part: one below m^k holds k picks, its digits
+        # drawing is the slow part: one number below m^k gives k picks, its digits in base m
         picks = several_picks(self.m)
         size, (n, k) = math.prod(shape), picks.shape
         drawn = rng.integers(n, size=math.ceil(size / k), dtype=np.min_scalar_type(n - 1))
-        # more than are needed, if k does not divide their number
+        # a few too many, if k does not divide size
         return picks.take(drawn, axis=0).reshape(-1)[:size].reshape(shape)
 
     def parse(self, x):
@@ -183,7 +186,8 @@ class Grammar:
 
         kind "synonym": another rule of the same symbol; nothing from level l up changes.
         "generic": any other tuple, whose parent then stands at the node; nothing above it
-        changes. Returns new levels and the nodes, (P,) int64, the same for both kinds."""
+        changes. levels: what sample or parse returns. Returns new levels and the nodes, (P,)
+        int64; with the same seed these are the same for both kinds."""
         check_whole("l", l, 1, self.L)
         if kind not in ("synonym", "generic"):
             raise ValueError(f"kind: must be synonym or generic, not {kind!r:.20}")
@@ -249,10 +253,11 @@ class Grammar:
 
     def context(self, l, t, target_level, n):
         """What a context vector tends to: (v, v) float64, entry [a, b] = P(node n of
-        target_level is b | the t-th tuple of level l has the parent a); 0 if a never
-        stands there. Synonyms share it whatever the target, which is why clustering
+        target_level is b | the t-th tuple of level l has the parent a); row a is 0 if a
+        never stands there. Synonyms share it whatever the target, which is why clustering
         contexts finds the parents. The paper's targets are an element of a cousin
-        (target_level = l), a token under a cousin (0), and the root label (L, n = 0)."""
+        (target_level = l), a token under a cousin (0), and the root label (L, n = 0).
+        Raises ValueError, naming n, if the target lies within the tuple."""
         s = self.s
         # climb to the lowest common ancestor, on level c, and see what it is
         c = max(l + 1, target_level)
@@ -274,23 +279,24 @@ class Grammar:
     def contrast(self):
         """How far apart parents' contexts are: {target: list}, entry l the root mean
         square distance for level-l tuples, over all pairs of parents, all positions and
-        all targets that cluster.py counts (joint's is the cousin's symbol)."""
+        all targets that cluster.py counts (for joint: the parent of a cousin tuple)."""
         v, s, L = self.v, self.s, self.L
         check_memory("depth", 24 * s ** (L - 1) * v**2, "contexts of the root")
         W = [self.transition(l) for l in range(L)]          # (s, v, v) each
         I = torch.eye(v, dtype=torch.float64)
         found = {"latent": [], "token": [], "root": [], "joint": []}
 
-        # from the root down: what a symbol is, over all nodes of a level; and for target
-        # root node by node, since P(root | symbol) differs from node to node
-        mean, below = {L: I.mean(0)}, I[None] / v           # (n, v, v), root and symbol
+        # from the root down: the distribution of symbols, averaged over the nodes of a level,
+        # and for target root P(root, symbol) of each node, since it differs between nodes
+        mean = {L: I.mean(0)}                               # (v,) each
+        with_root = I[None] / v                             # (n, v, v)
         for l in reversed(range(1, L)):
             mean[l] = mean[l + 1] @ W[l].mean(0)
-            below = (below[:, None] @ W[l]).flatten(0, 1)
-            found["root"].insert(0, distance_of_contexts(below.mT, I))
+            with_root = (with_root[:, None] @ W[l]).flatten(0, 1)
+            found["root"].insert(0, distance_of_contexts(with_root.mT, I))
 
-        # from the leaves up: contexts are q D, q the cousin's symbol and D the descent to
-        # one target; distances over many D only need the mean of D D^T
+        # from the leaves up: a context is q D, q the distribution of the cousin's parent and D
+        # the transition from it to one target; distances only need the mean of D D^T
         tokens = I
         for l in range(L - 1):
             latent = (W[l] @ W[l].mT).mean(0)
@@ -306,11 +312,11 @@ class Grammar:
 
     @torch.enable_grad()
     def posterior(self, x, visible):
-        """Sum-product up and down the tree: P(symbol | the visible tokens), exactly, as a
-        (P, s^(L-l), v) float64 tensor on the CPU for every level l = 0..L.
+        """P(symbol | the visible tokens) of every node, exactly, by sum-product up and down the
+        tree: a list of float64 tensors (P, s^(L-l), v) on the CPU, one for every level l = 0..L.
 
         x: (P, s^L) integers, not read where hidden; visible: bool, (P, s^L) or (s^L,).
-        Raises ValueError, naming the first string, if no derivation has these tokens."""
+        Raises ValueError, naming a string, if no derivation gives its visible tokens."""
         v, s, m, L = self.v, self.s, self.m, self.L
         x, visible = whole_numbers("x", x).cpu(), torch.as_tensor(visible).cpu()
         if visible.dtype != torch.bool or visible.shape not in (x.shape, x.shape[1:]):
@@ -321,9 +327,9 @@ class Grammar:
         # up: how likely the tokens beneath a node are, given its symbol, up to a factor
         token = F.one_hot(x.long(), v).double()
         token = torch.where(visible.expand(x.shape)[:, :, None], token, 1.0)
-        levels, log_evidence = [token.requires_grad_()], 0.0    # (P, s^L, v)
+        messages, log_evidence = [token.requires_grad_()], 0.0  # (P, s^L, v)
         for l in range(L):
-            children = levels[l].unflatten(1, (-1, s))      # (P, n, s, v)
+            children = messages[l].unflatten(1, (-1, s))    # (P, n, s, v)
             rule = 1.0                                      # (P, n, v m)
             for k in range(s):
                 symbol = self.rules[l][:, :, k].flatten().long()
@@ -333,14 +339,14 @@ class Grammar:
             wrong = (total == 0).nonzero().tolist()         # [string, node, 0] each
             if wrong:
                 raise ValueError(f"x: string {wrong[0][0]} has no derivation with its tokens")
-            levels.append(likely / total)
+            messages.append(likely / total)
             log_evidence = log_evidence + total.log().sum()
-        log_evidence = log_evidence + levels[L].mean(2).log().sum()    # a uniform root
+        log_evidence = log_evidence + messages[L].mean(2).log().sum()  # a uniform root
 
-        # down: the evidence is linear in what each node says of its symbols, so a symbol's
-        # share of it, its posterior, is likely * d log(evidence) / d likely
-        slopes = torch.autograd.grad(log_evidence, levels)
-        return [(likely * slope).detach() for likely, slope in zip(levels, slopes)]
+        # down: the evidence is linear in the likelihoods of any one node, so that the posterior
+        # of its symbols is likely * d log(evidence) / d likely
+        slopes = torch.autograd.grad(log_evidence, messages)
+        return [(likely * slope).detach() for likely, slope in zip(messages, slopes)]
 
     def posterior_bytes(self, P):
         """What exact inference on P strings needs: the products over each rule's children."""
@@ -361,7 +367,7 @@ def distance_of_contexts(joint, inner):
 
 
 def draw_other(rng, weight, old):
-    """Draw an index for every entry of old, with probabilities weight, but never the entry."""
+    """Draw an index with probabilities weight for every entry of old, other than that entry."""
     new = old.copy()
     while (same := np.flatnonzero(new == old)).size:
         new[same] = rng.choice(len(weight), len(same), p=weight)
@@ -369,8 +375,8 @@ def draw_other(rng, weight, old):
 
 
 def generator(stream, seed):
-    """A numpy generator for one named stream of a seed, a whole number or a tuple of
-    them: the rules and the strings drawn from one seed are independent."""
+    """A numpy generator. seed: a whole number or a tuple of them. Streams of one seed, such as
+    the rules and the strings, are independent if their names differ in the first 4 letters."""
     seed = seed if isinstance(seed, tuple) else (seed,)
     for part in seed:
         check_whole("seed", part, 0)
@@ -430,9 +436,9 @@ def accuracy(estimate, truth, v):
 def best_matching(table):
     """The largest sum of scores that one-to-one pairs of rows and columns can have.
 
-    The Hungarian algorithm: rows join one by one, each by the cheapest path to a free
-    column. A path takes a column, then the row that held it, which takes another one.
-    What a path has cost is taken off the table, so that no cost on it is below 0 later."""
+    The Hungarian algorithm: rows join one by one, each by the cheapest augmenting path to a
+    free column. On the path each row gives its column to the row before and takes the next.
+    Then the costs are reduced by the distances found: no joined row has one below 0."""
     score = np.asarray(table, dtype=float)
     if score.ndim != 2 or not np.isfinite(score).all():
         raise ValueError("table: must be (rows, columns) of finite numbers")
@@ -470,13 +476,13 @@ def linear_probe(features, labels, v):
     """Least squares of the one-hot labels on the features, with a little ridge: nothing to
     tune. features: (n, d) float; labels: (n,) integers below v. Returns a function from
     (..., d) features to (..., v) scores."""
-    share = F.one_hot(labels.long(), v).to(features)        # (n, v)
-    mean, centre = features.mean(0), share.mean(0)
+    one_hot = F.one_hot(labels.long(), v).to(features)      # (n, v)
+    mean, centre = features.mean(0), one_hot.mean(0)
     centred, n, d = features - mean, *features.shape
-    if n < d:  # the same weights, from the products of rows: fewer equations
-        gram, moment = centred @ centred.T / n, (share - centre) / n
+    if n < d:  # the dual form: the same weights from n equations instead of d
+        gram, moment = centred @ centred.T / n, (one_hot - centre) / n
     else:
-        gram, moment = centred.T @ centred / n, centred.T @ (share - centre) / n
+        gram, moment = centred.T @ centred / n, centred.T @ (one_hot - centre) / n
     # without the ridge, features that are copies of each other have no solution
     ridge = RIDGE * torch.eye(len(gram), dtype=torch.float64)
     weight = torch.linalg.solve(gram.cpu().double() + ridge, moment.cpu().double())
@@ -498,12 +504,13 @@ def check_whole(name, value, low, high=2**31 - 1):
 
 
 def whole_numbers(name, x, v=None):
-    """A tensor of the whole numbers in x (tensor, array, lists); with v, of symbols."""
+    """x (tensor, array or lists) as a tensor of integers, from 0 to v-1 if v is given. Raises
+    ValueError, naming the argument, if it holds anything else."""
     try:
         x = torch.as_tensor(x)
-        torch.iinfo(x.dtype)                # of integers alone
+        torch.iinfo(x.dtype)                # a TypeError unless x holds integers
         if x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            x = x.long()                    # torch has no minimum of the larger unsigned ones
+            x = x.long()                    # torch has no min of uint16, uint32 and uint64
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name}: must hold whole numbers, in rows of one length") from None
     if v is not None and x.numel() > 0:
@@ -521,7 +528,7 @@ def check_sizes(v, s, m=1, L=2):
     check_whole("s", s, 2, math.ceil(63 / math.log2(v)) - 1)
     check_whole("m", m, 1, v ** (s - 1))
     check_whole("depth", L, 2, int(24 / math.log2(s) + 1e-9))
-    # drawing them without repetition may list all v^s, if these are not many more
+    # numpy lists all v^s tuples to draw v m of them, unless v^s is over 50 v m
     drawn = 8 * min(v**s, 50 * v * m)
     check_memory("m", drawn + 16 * v * m * s * (L + 3), "the rules")
 
@@ -540,7 +547,7 @@ def strings_bytes(P, s, L):
 
 def as_strings(x, v, s, L=None):
     """Anyone's strings, of symbols 0..v-1 -> ((P, s^L) uint8 tensor on x's device, L).
-    L: the only depth that fits, if it is known."""
+    L: the depth that they must have, if given. Raises ValueError, naming x."""
     check_sizes(v, s)
     x = whole_numbers("x", x, v)
     length = x.shape[1] if x.ndim == 2 and len(x) else 0    # 0: refused below
@@ -552,9 +559,11 @@ def as_strings(x, v, s, L=None):
 
 
 def check_runs(xs, v, s, seeds, device=None):
-    """(runs, L, P, device): xs as grammars, or tensors on the device; P, the most strings that
-    one has, 0 for grammars. device None: that of the first strings. Raises ValueError unless
-    all have one size."""
+    """Check the data of several runs. xs: for each run its strings (P, s^L), or a Grammar.
+
+    Returns (runs, L, P, device): runs, xs with the strings as uint8 tensors on the device; P, the
+    most strings of a run, 0 if all are grammars. device None: that of the first strings, else
+    the CPU. Raises ValueError, naming the argument, unless all have the given v, s and one L."""
     runs, sizes = [], set()
     for x, seed in zip(xs, seeds):
         check_whole("seed", seed, 0)
@@ -592,9 +601,9 @@ class Score(NamedTuple):
     """What one run of the sweep has learned, measured on fresh strings."""
 
     accuracy: list      # a float for every level 1..L-1, one more if the root is reported
-    collapsed: list     # of bool, as long: fewer than v symbols are in use
-    floor: list = None  # of float, as long: the same before training; None for chance
-    diverged: int = 0   # the step that was no longer finite; 0 if all were
+    collapsed: list     # a bool for each of these: fewer than v symbols are in use
+    floor: list = None  # the accuracy before training, for each; None: not measured
+    diverged: int = 0   # the step at which the loss was not finite; 0 if there is none
 
 
 class Setting(NamedTuple):
@@ -704,15 +713,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_grammar_flags(parser, samples=None):
-    """The flags of one grammar and one sample, the same in every script."""
+    """The flags of one grammar and one sample, in grammar.py and the learners. samples: the
+    default of --samples; if None, there is neither --samples nor --device."""
     add = parser.add_argument
     add("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
     add("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    add("--m", type=whole(1), default=3, help="rules per symbol, to v^(s-1) (default 3)")
+    add("--m", type=whole(1), default=3, help="rules per symbol, at most v^(s-1) (default 3)")
     add("--depth", type=whole(2, 24), default=3, help="L, levels above the tokens (default 3)")
     add("--zipf", type=real(0, 10), default=0.0,
         help="rule j has a probability ~ (j+1)^-zipf (default 0: uniform)")
-    add("--seed", type=whole(0), default=0, help="of the rules and the strings (default 0)")
+    add("--seed", type=whole(0), default=0, help="of all that is random (default 0)")
     if samples:
         add("--samples", type=whole(1), default=samples,
             help=f"P, training strings (default {samples})")
@@ -739,8 +749,8 @@ def pick_device(parser, name):
 
 
 def check_files(args):
-    """Raise ValueError, naming the flag, if two files to be written are one, or one that is
-    written as a whole is a device."""
+    """Raise ValueError, naming the flag, if two of --trace, --save and --resume are the same
+    file, or if --save or --resume exists and is no regular file."""
     given = [name for name in ("trace", "save", "resume") if getattr(args, name)]
     for name in given:
         path = getattr(args, name)
@@ -752,8 +762,8 @@ def check_files(args):
 
 
 def write_whole(path, write):
-    """Write a file at once or not at all: write(file), file open in bytes, fills a file
-    beside it, of a name that nobody else uses, which then takes its place."""
+    """Write a file atomically: write(file) fills a binary file beside it, under a unique name,
+    which then replaces it. Raises OSError if that fails."""
     path = os.path.realpath(path)  # what a link points to is replaced, not the link
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a file")
@@ -762,7 +772,7 @@ def write_whole(path, write):
         with open(part, "wb") as file:
             write(file)
         os.replace(part, path)
-    except RuntimeError:                    # torch's word for a full disk
+    except RuntimeError:                    # torch.save raises it on a full disk
         raise OSError(f"{path} cannot be written") from None
     finally:
         if os.path.exists(part):
@@ -770,15 +780,15 @@ def write_whole(path, write):
 
 
 def open_trace(path, columns, step):
-    """Open a CSV file for the rows of a run from this step on; nowhere if path is None.
-    From step 1 on the file is new. A run that goes on keeps the rows of earlier steps."""
+    """Open a CSV file for the rows of a run from this step on; path None drops them. At step 1,
+    or if it has other columns, the file is emptied; else the rows of earlier steps stay."""
     header = ",".join(columns)
     if path is None or step == 1 or not os.path.exists(path):
         file = open(path or os.devnull, "w")
         print(header, file=file, flush=True)
         return file
     with open(path, errors="replace") as file:
-        lines = file.read().split("\n")[:-1]    # a kill cut what has no end
+        lines = file.read().split("\n")[:-1]    # a last line without an end was cut by a kill
     earlier = {str(n) for n in range(step)} if lines[:1] == [header] else ()
     rows = [row for row in lines if row.partition(",")[0] in earlier]
     text = "\n".join([header, *rows]) + "\n"
@@ -787,12 +797,12 @@ def open_trace(path, columns, step):
 
 
 class Checkpoint:
-    """A file with the state of a training, from which a killed one goes on, to the same
-    bytes on a CPU. Without a file, nothing happens.
+    """The state of a training in a file, from which a killed one continues; on a CPU the result
+    is the same to the byte. If file is None, load and save do nothing.
 
-    parts: {name: what has a state_dict}; generators: torch.Generators, that the next step
-    draws from; xs: the strings or grammars of all runs; about: {name: number or text},
-    all else that must be as it was."""
+    parts: {name: what has a state_dict}; generators: the torch.Generators that steps draw
+    from; xs: the strings or grammars of all runs; about: {name: number or text}, what else
+    must be the same when the training continues."""
 
     def __init__(self, file, parts, generators, xs, about):
         self.file, self.parts, self.generators = file, parts, generators
@@ -802,8 +812,9 @@ class Checkpoint:
             self.about["strings"] = digest(xs)
 
     def load(self):
-        """Set all parts and generators to the state in the file. Returns (step, rest) as
-        save was given them, or (0, {}) if there is no file yet."""
+        """Set all parts and generators to the state in the file. Returns (step, rest) as save
+        got them, or (0, {}) if there is no file yet. Raises ValueError, naming resume, if the
+        file is of another training."""
         if self.file is None or not os.path.exists(self.file):
             return 0, {}
         try:
@@ -824,8 +835,8 @@ class Checkpoint:
         raise ValueError(f"resume: {self.file} {reason}")
 
     def save(self, step, rest, last=False):
-        """Write the state after a step, if it is time to, or the last one. rest: {} or what
-        else the loop must know."""
+        """Write the state after a step, every SAVE_EVERY seconds and after the last step.
+        rest: a dict of what else the loop needs to continue."""
         if self.file is None:
             return
         if last or time.monotonic() - self.written >= SAVE_EVERY:
@@ -838,10 +849,11 @@ class Checkpoint:
 
 
 def digest(xs):
-    """One word for a list of strings (P, T) and grammars: other ones have another word."""
+    """The SHA-256 of a list of strings (P, T) and grammars, as hex digits."""
     sha = hashlib.sha256()
     for x in xs:
-        for part in [*x.rules, x.p] if isinstance(x, Grammar) else [x]:
+        parts = [*x.rules, x.p] if isinstance(x, Grammar) else [x]
+        for part in parts:
             sha.update(str(part.shape).encode())
             sha.update(part.cpu().contiguous().numpy())
     return sha.hexdigest()
@@ -853,14 +865,13 @@ def terminate(number, frame):
 
 
 def run_script(main):
-    """Call a script's main. What ends it from outside gives one line and no traceback:
-    Ctrl-C or SIGTERM, a reader that has gone (`| head`), a full disk, too little memory."""
+    """Call a script's main. If Ctrl-C, SIGTERM, a full disk or too little memory ends it, print
+    one line and no traceback; if the reader has gone (`| head`), print nothing."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            # a path may have letters that a terminal has not
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream = getattr(sys, name) or open(os.devnull, "w")    # None if the caller closed it
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # a terminal may lack letters of a path
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
@@ -870,13 +881,13 @@ def run_script(main):
         code, line = 1 if stop.args else 130, "stopped"
         print(file=sys.stderr)  # the line that ^C or a progress bar stands on ends here
     except BrokenPipeError:
-        # Python flushes once more when it ends
+        # Python flushes stdout once more at exit, and that must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:  # a full disk among them
         code, line = 1, f"{error.filename or 'output'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        # torch has a class for it on a GPU, but only words on a CPU
+        # torch has a class for lack of memory on a GPU; on a CPU only the message tells
         known = MemoryError, torch.OutOfMemoryError
         if not isinstance(error, known) and "not enough memory" not in str(error):
             raise

@@ -7,23 +7,24 @@ The table: how many samples P* each learner needs, against the depth of the gram
     python sweep.py --methods data2vec-token:mask=0.3:steps=8000
     torchrun --nproc-per-node 4 -- sweep.py --depth 2..6    processes share one sweep
 
-A method is a learner, after a dash its target (own latents if there is none), and after
-colons any of the learner's settings.
+A method is written LEARNER-TARGET:SETTING=VALUE:... Without a target the learner predicts its
+own latents; a setting that is not written has its default.
 
 For every method, size, depth and seed the sweep climbs a *ladder* of sample sizes P, each
 twice the last. One seed is one fresh grammar and one fresh sample. A ladder ends
   - when the highest level of the tree below the root, L-1, is recovered: an accuracy of
     0.95 or more on fresh strings, on two rungs in a row;
-  - at --max-samples ("beyond Pmax"), or where memory ends ("limited by memory");
+  - at --max-samples ("beyond Pmax"), or where a run would, by our estimate, need too much memory
+    ("limited by memory");
   - for a network, whose steps are fixed ("limited by steps"): before it would see each
     string fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not
     raised its best accuracy by 0.05.
 P50, the P* of the tables, is the smallest P from which the accuracy is 0.5 or more on two
-rungs in a row, interpolated in log P; P90 is the same for 0.9. Higher rungs change
-neither, once it is found.
+rungs in a row, interpolated in log P; P90 is the same for 0.9. Higher rungs do not change
+them. The tables have the geometric mean over seeds.
 
 It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
-(samples_vs_depth.csv, .md), pictures and, in settings.json, what the rows don't say.
+(samples_vs_depth.csv, .md), pictures and, in settings.json, the defaults of all learners.
 Stop it at any time: the same command continues. Any number of sweeps may share a folder.
 """
 
@@ -62,8 +63,8 @@ from grammar import (
 RECOVERED = 0.95    # accuracy of level L-1 from which a rung counts as recovered
 RUNG = 2            # a ladder's sample sizes grow by this factor
 PASSES = 8          # a network's ladder ends before it would see each string fewer times
-PLATEAU = 3         # it ends, too, after so many rungs
-RISE = 0.05         # that have not raised the best accuracy by so much
+PLATEAU = 3         # it also ends after this many rungs without a rise of the best accuracy
+RISE = 0.05         # the smallest rise that counts
 BOOTSTRAP = 2000    # resamples of the seeds behind every 95 % interval
 MAX_LADDERS = 20000
 
@@ -82,11 +83,11 @@ class Learner(NamedTuple):
     presets: dict = {"default": {}}
     # (v, s, m, L, P, target, **settings): raises ValueError if that can't work
     check_size: Callable = lambda *sizes, **settings: None
-    first: Callable = lambda v, s, m: v * m  # P of the lowest rung, to be rounded down
-    sees: Callable = None       # (v, options) -> strings seen in all its steps, if they end
+    first: Callable = lambda v, s, m: v * m  # the lowest P, before rounding down to 2^k
+    sees: Callable = None       # (v, options) -> strings seen in all steps; None: not a network
     seconds: float = 0.1        # a guess at a run on one core, for each token of a string
-    side: int = 1               # runs in one call, at most: networks train them side by side
-    seeds: int = 5              # by default
+    side: int = 1               # most runs in one call; networks train them side by side
+    seeds: int = 5              # how many, by default
 
 
 def ours(file, **more):
@@ -95,9 +96,9 @@ def ours(file, **more):
 
 
 LEARNERS = {
-    # a ladder begins where fewer than half of the top tuples can be seen
+    # a ladder begins where its strings hold at most half of the v m tuples of level L-2
     "cluster": ours(cluster, first=lambda v, s, m: v * m / (2 * s), seconds=0.005),
-    # side: a network's cell begins with three rungs of its three seeds
+    # side=9: a network's cell begins with three rungs for each of three seeds
     "predictor": ours(
         predictor, first=lambda v, s, m: v * m**2, seconds=0.45, side=9, seeds=3,
         sees=lambda v, options: options.steps * (options.batch or 8 * v),
@@ -107,20 +108,20 @@ LEARNERS = {
         sees=lambda v, options: options.steps * options.batch,
     ),
 }
-# the rows of the first table, and the depths at which they are run unless asked for. At L = 2
-# data2vec has one level to learn, and its untrained encoder knows the root already.
+# the methods of `--methods all`, and the depths at which it runs them. At L = 2 data2vec has
+# one level to learn, and its untrained encoder knows the root already.
 DEFAULT = {
     "cluster": range(2, 25), "cluster-token": range(2, 25),
     "cluster-root": range(2, 25), "cluster-joint": range(2, 25),
     "predictor": range(2, 5), "predictor-token": range(2, 4),
     "data2vec": range(3, 4), "data2vec-token": range(3, 4),
 }
-# how P* grows with every level in the theory, for each target
+# for each target, the factor by which P* grows with every level in the theory
 LAW = {"latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m"}
 
 
-# a method's name, taken apart: its one spelling, the Learner and its key in LEARNERS, the target,
-# the settings that it changes, {name: text}, and an object with all
+# a method, parsed: its one spelling, the Learner's key in LEARNERS, the Learner, the target, the
+# settings that were written, {name: text}, and an object with the values of all settings
 Method = namedtuple("Method", "name key learner target settings options")
 
 
@@ -165,9 +166,9 @@ def read_method(text):
 # the ladder: one climb, of one cell and one seed
 
 
-# a row of samples_vs_depth.csv
+# a row of samples_vs_depth.csv; cell[1:5] are the sizes v, s, m, L
 Cell = namedtuple("Cell", "method v s m L zipf")
-# one rung: the grammar.Score of what a learner made of P strings, seconds, the device's name
+# a finished run: its grammar.Score, its share of the batch's seconds, the device's name
 Run = namedtuple("Run", "score seconds device")
 
 
@@ -183,7 +184,8 @@ def first_rung(cell):
 
 @lru_cache(maxsize=None)
 def last_rung(cell, max_samples):
-    """The highest P of a ladder, and why it ends there, if not before."""
+    """(P, reason): the highest rung that a ladder can have, below first_rung if it can have none,
+    and why no higher one."""
     method = read_method(cell.method)
     learner = method.learner
     highest, reason = 2**40, "beyond Pmax"
@@ -203,16 +205,16 @@ def last_rung(cell, max_samples):
 
 
 def climb(cell, rungs, max_samples):
-    """Where one ladder stands. rungs: {P: Run}.
+    """Where one ladder stands. rungs: {P: Run} of its finished runs.
 
-    Returns (climbed, P, end): the rungs that count, in order; the P to try next, or None; and
-    why the ladder ends there, "" if level L-1 is recovered."""
+    Returns (climbed, P, end): the rungs that count, in order; the P to run next, or None at its
+    end; and why it ended: "" if level L-1 is recovered, "not finished" if it has not ended."""
     is_network = learner_of(cell).sees is not None
     climbed, accuracy = [], []
     P = first_rung(cell)
     while P in rungs:
         climbed.append(P)
-        accuracy.append(rungs[P].score.accuracy[cell.L - 2])
+        accuracy.append(rungs[P].score.accuracy[cell.L - 2])    # of level L-1
         if len(climbed) > 1 and min(accuracy[-2:]) >= RECOVERED:
             return climbed, None, ""
         # a plateau: the last rungs are hardly better than those before
@@ -227,17 +229,17 @@ def climb(cell, rungs, max_samples):
 
 
 # ----------------------------------------------------------------------------------------
-# the statistics: "stars" are [(P*, sign) of every seed], see crossing
+# the statistics. stars: a list of what crossing returns, (P*, sign), one for every seed
 
 
 def crossing(P, accuracy, threshold):
     """The smallest P from which the accuracy is at or above the threshold on two rungs in a row,
     interpolated linearly in log P between the rung before and the first of the two.
 
-    P, accuracy: lists, P ascending. Returns (P*, sign): sign 0 if there is one; -1 and the lowest
-    rung if P* is smaller; 1 and the last rung below the threshold if it is larger."""
+    P, accuracy: lists, P ascending. Returns (P*, sign): sign 0 if P* lies on the ladder; -1, with
+    the lowest rung, if below it; 1, with the last rung below the threshold, if above it."""
     above = [a >= threshold for a in accuracy]
-    # the lowest rungs are above it already
+    # both lowest rungs, or the only one, are above the threshold already
     if all(above[:2]):
         return float(P[0]), -1
     # one rung above it may be luck; two in a row count
@@ -249,11 +251,12 @@ def crossing(P, accuracy, threshold):
 
 
 def estimate(groups, weights=(1.0,), scale=math.exp, digits=0):
-    """scale(sum_i weights[i] * mean log P* of groups[i]) as texts, groups being lists of stars.
+    """scale(sum_i weights[i] * mean log P* of groups[i]): by default the geometric mean of P* over
+    seeds. groups: lists of stars; digits: decimals.
 
-    Returns (value, low, high): with the ends of the 95 % bootstrap interval over seeds, "" if no
-    group has two. Seeds beyond their ladders make the value a bound, "> 412" or "< 16", without
-    an interval, or "?" if they pull both ways."""
+    Returns texts (value, low, high): low and high are the 95 % bootstrap interval over seeds, "" if
+    no group has two. Censored seeds make the value a bound, "> 412" or "< 16", without an interval,
+    or "?" if they pull both ways."""
     logs = [np.log([P for P, _ in stars]) for stars in groups]
     value = scale(sum(weight * log.mean() for weight, log in zip(weights, logs)))
     value = f"{value:.{digits}f}"
@@ -271,7 +274,8 @@ def estimate(groups, weights=(1.0,), scale=math.exp, digits=0):
 
 
 def slope(points, scale):
-    """How log P* rises with x, {x: stars}, by least squares: a text, "" for fewer than two x."""
+    """Least-squares slope of mean log P* against x. points: {x: stars}; scale: exp for a factor,
+    float for an exponent. A text with its interval, "" if there is no slope."""
     if len(points) < 2:
         return ""
     x = np.array(list(points), float)
@@ -283,8 +287,9 @@ def slope(points, scale):
 
 
 def measure(cell, ladders, level, cap):
-    """What the seeds say of one level: {column of the table: value}, their stars, and notes of
-    MARKS; {} if no run reports it. ladders: [{P: Run} of every seed]."""
+    """One level of a cell over its seeds: {column of TABLE: value}, with "stars", and with "notes",
+    a set of keys of MARKS; {} if no run reports the level. ladders: [{P: Run} of every seed]; cap:
+    --max-samples, by which a ladder counts as finished."""
     P50, P90, floors, notes = [], [], [], set()
     for rungs in ladders:
         climbed, _, end = climb(cell, rungs, cap)
@@ -295,7 +300,7 @@ def measure(cell, ladders, level, cap):
         P50.append(crossing(climbed, accuracy, 0.5))
         P90.append(crossing(climbed, accuracy, 0.9))
         floors += [score.floor[level - 1] for score in scores if score.floor]
-        # why P* is a bound
+        # why P* is only a bound
         _, sign = P50[-1]
         if sign > 0 or end == "not finished":
             notes.add(end or "beyond Pmax")
@@ -314,7 +319,7 @@ def measure(cell, ladders, level, cap):
         found["P50_over_vm3"] = f"{mean / (cell.v * cell.m**3):.4g}"
     if floors:
         found["floor"] = f"{np.mean(floors):.3f}"
-    # and what else its marks say
+    # notes that are no reason for a bound
     if floors and np.mean(floors) > 0.5:
         notes.add("untrained above 0.5")
     if len(P50) == 1:
@@ -330,11 +335,11 @@ TABLE = (
     "method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P90,P50_over_vm3,"
     "root_P50,root_P50_lo,root_P50_hi,floor,root_floor,seeds,censored,status"
 ).split(",")
-# what there is to say of a P50, the worst first, and its mark in the tables to read
+# the notes on a P50, the worst first, and their marks in the printed tables
 MARKS = {
     "diverged": "x", "not finished": "..", "limited by memory": "m", "limited by steps": "s",
     "beyond Pmax": "", "below Pmin": "", "not run": "-",
-    "untrained above 0.5": "!", "one seed": "~",  # which are no status
+    "untrained above 0.5": "!", "one seed": "~",  # these are never a status
 }
 
 
@@ -348,7 +353,7 @@ def row_order(cell):
 def summarise(runs, caps, unrun=()):
     """Runs, {(Cell, seed): {P: Run}}, and cells not run -> the table's rows, {column: value}.
 
-    caps: {Cell: the largest P of this sweep}; other cells are as long as their longest ladder."""
+    caps: {Cell: --max-samples of this sweep}; for all other cells it is their largest P."""
     ladders = {cell: [] for cell in unrun}
     for cell, seed in sorted(runs):
         ladders.setdefault(cell, []).append(runs[cell, seed])
@@ -364,7 +369,7 @@ def summarise(runs, caps, unrun=()):
 
 
 def cell_text(row, part, is_long):
-    """A cell of a table to read. part: "" for level L-1, "root_" for the root."""
+    """One entry of a printed table. part: "" for level L-1, "root_" for the root."""
     text = row[part + "P50"].replace(" ", "")
     text += "".join(mark for note, mark in MARKS.items() if note in row[part + "notes"])
     low, high = row.get(part + "P50_lo"), row.get(part + "P50_hi")
@@ -372,27 +377,27 @@ def cell_text(row, part, is_long):
 
 
 def size_table(size, rows, is_long):
-    """The rows of one size as lines, a table in Markdown: a line for every method, then for
-    every root. Growth is by level, from L = 3 on, as a tree of depth 2 has no cousins but under
-    the root; its column ends with the depths that it covers."""
+    """The Markdown table of one size: a line for level L-1 of every method, then one for its root.
+    The column growth has the factor of P* per level and the depths that it covers. They begin at
+    L = 3: in a tree of depth 2 the only grandparent is the root."""
     depths = sorted({row["L"] for row in rows})
     table = [[size, *(f"L={L}" for L in depths), "growth, L", "law"]]
     names = dict.fromkeys(row["method"] for row in rows)
     for part, name in itertools.product(("", "root_"), names):
         line = {row["L"]: row for row in rows if row["method"] == name and part + "stars" in row}
+        if not line:                        # no run reports this root
+            continue
         stars = {L: row[part + "stars"] for L, row in line.items() if L > 2 and row[part + "stars"]}
         growth = slope(stars, math.exp)
-        if growth and not is_long:          # 80 columns have no room for its interval
+        if not is_long:                     # 80 columns have no room for its interval
             growth = growth.partition(" [")[0]
         if growth:
             growth += f" {min(stars)}..{max(stars)}"
         cells = [cell_text(line[L], part, is_long) if L in line else "" for L in depths]
-        if part:                            # of which the theory does not speak
+        law = LAW.get(read_method(name).target, "")
+        if part:                            # the theory has no law for a probe of the root
             name, law = f"{name}, root", ""
-        else:
-            law = LAW.get(read_method(name).target, "")
-        if line:
-            table.append([name, *cells, growth, law])
+        table.append([name, *cells, growth, law])
 
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
@@ -401,7 +406,7 @@ def size_table(size, rows, is_long):
 
 
 def tables(rows, is_long):
-    """The tables to read. The long ones have intervals, and how P* rises with m."""
+    """All printed tables as one text; is_long adds intervals and the exponent of m in P*."""
     sizes, over_m, notes = {}, {}, set()
     for row in rows:
         size = "v={v} s={s} m={m} zipf={zipf:g}".format(**row).removesuffix(" zipf=0")
@@ -438,12 +443,12 @@ def run_batch(cell, batch, device):
     )
     # every run has its share of the batch's time
     seconds = (time.perf_counter() - start) / len(batch)
-    return {rung: Run(score, seconds, device) for rung, score in zip(batch, scores, strict=True)}
+    return {key: Run(score, seconds, device) for key, score in zip(batch, scores, strict=True)}
 
 
 def start_worker():
-    """One thread a process. Ctrl-C ends it at once and silently, since finished runs are the
-    parent's business; and so does the parent's death, or it would wait for ever."""
+    """Set up a worker process: one thread. It ends silently at Ctrl-C, since the parent has all
+    finished runs, and with its parent, for which it would otherwise wait for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -476,17 +481,17 @@ def next_rungs(cell, rungs, cap):
 
 
 def next_batch(units, runs, cap, running, idle):
-    """What one of so many idle processes runs next, (Cell, [(P, seed)]), or None. Units that
-    are done are taken out."""
+    """The next batch, (Cell, [(P, seed)]), for one of `idle` free processes, or None. running:
+    batches at work; units: [(Cell, seeds)] in order, from which those that are done are removed."""
     for cell, seeds in list(units):
-        busy = {rung for other, batch in running if other == cell for rung in batch}
+        busy = {key for other, batch in running if other == cell for key in batch}
         ladders = {seed: runs.get((cell, seed), {}) for seed in seeds}
         wanted = {(P, seed) for seed in seeds for P in next_rungs(cell, ladders[seed], cap)}
         batch = sorted(wanted - busy)
         if batch:
             # batches of about one size, the lowest rungs first
             batches = math.ceil(len(batch) / learner_of(cell).side)
-            if len(units) == 1:             # the last one: all processes share it
+            if len(units) == 1:             # the last unit: all processes share it
                 batches = max(batches, min(idle, len(batch)))
             return cell, batch[: math.ceil(len(batch) / batches)]
         if not wanted:
@@ -495,14 +500,15 @@ def next_batch(units, runs, cap, running, idle):
 
 
 def seconds_left(cell, seeds, runs, cap):
-    """What ladders may still cost: their rungs to come, as long as the cell's were so far."""
+    """A guess at the seconds that these ladders still need: the rungs to come, each as long as the
+    mean of their finished runs."""
     ladders = [runs.get((cell, seed), {}) for seed in seeds]
     climbs = [climb(cell, rungs, cap) for rungs in ladders]
-    # they are expected to end where the highest has, or else at 8 times the P* of theory
+    # they are expected to end where the highest ended, or else at 8 times a rough P*
     ends = [climbed[-1] for climbed, P, _ in climbs if P is None]
     is_steep = LAW.get(read_method(cell.method).target) == "m"
-    theory = cell.v * cell.m ** (cell.L + 1 if is_steep else 3)
-    end = min(max(ends, default=8 * theory), last_rung(cell, cap)[0])
+    rough = cell.v * cell.m ** (cell.L + 1 if is_steep else 3)
+    end = min(max(ends, default=8 * rough), last_rung(cell, cap)[0])
     to_come = sum(1 + max(0, int(math.log2(end / P))) for _, P, _ in climbs if P)
     times = [run.seconds for rungs in ladders for run in rungs.values()]
     guess = learner_of(cell).seconds * cell.s**cell.L
@@ -510,15 +516,15 @@ def seconds_left(cell, seeds, runs, cap):
 
 
 def units_of(cells, cap, rank, size):
-    """What one of torchrun's processes climbs, in order: [(Cell, seeds)]. Each finds its share by
-    itself: there is no connection to break, and the folder is all that ranks have in common."""
+    """The units that one of torchrun's processes climbs, in order: [(Cell, seeds)]. Each finds its
+    share by itself: ranks have no connection that could break, only the folder in common."""
     costs = {}
     for cell, seeds in cells.items():
-        # what does not train side by side can be shared out by seeds
-        is_whole = learner_of(cell).side > 1
-        for unit in [tuple(seeds)] if is_whole else [(seed,) for seed in seeds]:
-            costs[cell, unit] = seconds_left(cell, unit, {}, cap)
-    # all ranks have some of the dear units and some of the cheap
+        # a network trains the seeds of a cell side by side; others are shared out by seeds
+        parts = [tuple(seeds)] if learner_of(cell).side > 1 else [(seed,) for seed in seeds]
+        for part in parts:
+            costs[cell, part] = seconds_left(cell, part, {}, cap)
+    # every rank gets some of the costly units and some of the cheap
     share = sorted(costs, key=costs.get, reverse=True)[rank::size]
     # quick learners first, so that they can be read soon
     return sorted(share, key=lambda unit: learner_of(unit[0]).seconds)
@@ -526,8 +532,8 @@ def units_of(cells, cap, rank, size):
 
 @contextmanager
 def time_bar(disable):
-    """A tqdm bar of seconds, of which the caller says how many are left. A thread moves it, since
-    with one job this process is at work itself."""
+    """A tqdm bar of seconds; the caller sets bar.left, the seconds left. A thread redraws it, since
+    with one job this process does the work itself."""
     layout = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1, bar_format=layout, smoothing=0, disable=disable) as bar:
         bar.left, began, is_over = 0, time.monotonic(), threading.Event()
@@ -539,7 +545,7 @@ def time_bar(disable):
                 bar.n = time.monotonic() - began
                 bar.total = bar.n + bar.left
                 try:
-                    with bar.get_lock():    # refresh alone would keep it if it fails
+                    with bar.get_lock():    # refresh alone would not release it on an error
                         bar.refresh(nolock=True)
                 except OSError:             # nobody reads what we print
                     bar.disable = True
@@ -621,7 +627,7 @@ def report(cell, found, runs, is_done):
 
 
 def read_mark(text):
-    """How the last column of runs.csv is read: what there is to say of a level."""
+    """Read the last column of runs.csv: "", "collapsed" or "diverged@STEP"."""
     if not re.fullmatch(r"(collapsed|diverged@[1-9][0-9]*)?", text):
         raise ValueError(f"no mark {text[:20]!r}")
     return text
@@ -638,7 +644,7 @@ COLUMNS = {
 }
 DIGITS = {"zipf": "g", "accuracy": ".6f", "floor": ".6f", "seconds": ".3f"}
 HEADER = ",".join(COLUMNS) + "\n"
-OURS = "settings.json", "runs", "runs.csv", "samples_vs_depth.csv", "samples_vs_depth.md"
+FILES = "settings.json", "runs", "runs.csv", "samples_vs_depth.csv", "samples_vs_depth.md"
 
 
 class Refused(ValueError):
@@ -657,7 +663,7 @@ class Folder:
         settings = {"sweep": {"format": 2, "recovered": RECOVERED, "rung": RUNG}}
         for key, learner in LEARNERS.items():
             settings[key] = {row.name: row.default for row in learner.settings}
-        stored = self.read_settings()
+        stored = self.stored_settings()
         self.read()
         # runs of other settings must not stand in one table
         used = {read_method(cell.method).key for cell, _ in self.runs} | set(keys)
@@ -671,9 +677,9 @@ class Folder:
             self.write("settings.json", json.dumps(settings, indent=1) + "\n")
         self.file.parent.mkdir(exist_ok=True)
 
-    def read_settings(self):
+    def stored_settings(self):
         """What settings.json holds, or {} in a new folder."""
-        if not any((self.path / name).exists() for name in OURS):
+        if not any((self.path / name).exists() for name in FILES):
             return {}
         try:
             stored = json.loads((self.path / "settings.json").read_bytes())
@@ -684,7 +690,7 @@ class Folder:
         raise Refused(f"out: {self.path} has results, but no settings.json of a sweep")
 
     def read(self):
-        """Take in the runs of all files; one that stands twice is read once."""
+        """Read the runs of all files into self.runs; a run that is there already is kept."""
         for file in [self.path / "runs.csv", *sorted((self.path / "runs").glob("*.csv"))]:
             if file.exists():
                 for (cell, P, seed), run in read_runs(file).items():
@@ -752,8 +758,10 @@ def read_line(line):
     values = [kind(text) for kind, text in zip(COLUMNS.values(), line.split(","), strict=True)]
     cell, (P, seed, level) = Cell(*values[:6]), values[6:9]
     check_sizes(*cell[1:5])
-    if P < first_rung(cell) or P & (P - 1) or level > cell.L:
-        raise ValueError(f"P = {P} is no rung, or {level} no level")
+    if P < first_rung(cell) or P & (P - 1):
+        raise ValueError(f"P = {P} is no rung of this ladder")
+    if level > cell.L:
+        raise ValueError(f"level {level} is above the root, {cell.L}")
     if line_of(values) != line + "\n":
         raise ValueError(f"it should be {line_of(values).strip()}")
     return (cell, P, seed), level, values[9:]
@@ -770,23 +778,23 @@ def read_runs(file):
     # what follows the last end of a line is empty, or torn
     for number, line in enumerate(text.split("\n")[1:-1], 2):
         try:
-            rung, level, values = read_line(line)
+            key, level, values = read_line(line)
         except (ValueError, RuntimeError, ArgumentTypeError) as error:
             raise Refused(f"out: {file}, line {number} cannot be used: {error}") from None
-        found.setdefault(rung, {})[level] = values
+        found.setdefault(key, {})[level] = values
 
     runs = {}
-    for rung, levels in found.items():
+    for key, levels in found.items():
         # all below the root have to be there; not every learner reports the root
-        if levels.keys() >= set(range(1, rung[0].L)):
+        if levels.keys() >= set(range(1, key[0].L)):
             rows = [levels[level] for level in sorted(levels)]
             accuracy, floor, seconds, device, marks = zip(*rows)
             collapsed = [mark == "collapsed" for mark in marks]
             diverged = int(marks[0].partition("@")[2] or 0)
             score = Score(accuracy, collapsed, None if None in floor else floor, diverged)
-            runs[rung] = Run(score, seconds[0], device[0])
-        elif rung != list(found)[-1]:       # the last one was cut short
-            raise Refused(f"out: {file} has only a part of {rung}")
+            runs[key] = Run(score, seconds[0], device[0])
+        elif key != list(found)[-1]:        # the last one was cut short
+            raise Refused(f"out: {file} has only a part of {key}")
     return runs
 
 
@@ -815,7 +823,7 @@ def zipf(text):
 
 
 def cells_from_flags(args):
-    """({Cell: seeds}, the cells left out unless asked for by name), or a ValueError."""
+    """({Cell: seeds} to run, the cells that `all` leaves out). Raises ValueError."""
     words = args.methods.split(",")
     named = [read_method(word).name for word in words if word != "all"]
     names = dict.fromkeys([*DEFAULT, *named] if "all" in words else named)
@@ -843,10 +851,9 @@ def cells_from_flags(args):
 
 
 def draw(out):
-    """The pictures, if they can be drawn; nothing that goes wrong there is a reason to fail.
-    Returns lines to print."""
+    """Draw the pictures if that works; the sweep goes on if it fails. Returns lines to print."""
     try:
-        import plot  # matplotlib is its business alone
+        import plot  # here, since nothing else needs matplotlib
 
         return [f"wrote {picture}" for picture in plot.draw(out)]
     except Exception as error:
@@ -855,7 +862,7 @@ def draw(out):
 
 
 def end(error, folder):
-    """Leave with one line on what ended a sweep from outside. A fault of ours is raised again."""
+    """Exit with one line on what ended a sweep from outside; raise any other error again."""
     is_stop = isinstance(error, KeyboardInterrupt)
     line = str(error).partition("\n")[0][:200] or type(error).__name__
     from_pool = isinstance(error, futures.BrokenExecutor)
@@ -887,8 +894,8 @@ def main():
     flag("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
     flag("--zipf", type=zipf, default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
     flag("--methods", default="all",
-         help=f"{', '.join(DEFAULT)} or all (the default; networks at some depths of 2..4); "
-              "or any LEARNER-TARGET:SETTING=VALUE; separated by commas")
+         help=f"{', '.join(DEFAULT)} or any LEARNER-TARGET:SETTING=VALUE, separated by commas; "
+              "or all, the default, which runs networks only at some depths of 2..4")
     flag("--seeds", type=whole(1, 1000), help="seeds 0..N-1 (default 5, networks 3)")
     flag("--max-samples", type=whole(1, 2**40), default=2**20, help="largest P (default 2^20)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
