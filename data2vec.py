@@ -6,17 +6,18 @@ Learner 3: data2vec, prediction of one's own latents without explicit levels, an
     python data2vec.py --preset transformer                       the paper's kind of encoder
 
 A student sees a string with some tokens hidden. A teacher, the moving average of the student,
-sees the whole string. At every hidden position linear heads predict, from the student's last map:
-  latent   the mean of the teacher's top K maps, each layer-normalised: data2vec;
+sees the whole string. Maps are the features that an encoder outputs, layer by layer. At every
+hidden position linear heads predict, from the student's last map:
+  latent   the mean of the teacher's last K maps, each layer-normalised: data2vec;
   stacked  each of these K maps, but from the student's own map of the same layer;
   several  each of these K maps, all from the student's last map;
-  token    the hidden token itself, by cross-entropy: the control, which needs no teacher.
+  token    the hidden token, by cross-entropy: the control, whose target needs no teacher.
 The encoder `tree` knows which tokens stand under which node; `transformer` does not.
 
 A step of one small network is mostly overhead, so R runs are trained side by side: every weight
 has a leading dimension R. With T = s^L tokens, batch B and width d, a step takes time
-~ R B T d (d + hidden) and memory ~ R B T (d + hidden), times the layers of a transformer, whose
-attention adds R B T^2 (d + heads). P strings are P T bytes.
+~ R B T d (d + hidden) and memory ~ R B T (d + hidden). In a transformer each layer takes as much,
+and its attention adds time ~ R B T^2 d and memory ~ R B T^2 heads. P strings are P T bytes.
 """
 
 import os
@@ -44,7 +45,7 @@ ADAM_BETAS = (0.9, 0.98)        # the paper's, and so are the next two
 CLIP = 1.0                      # largest norm of a gradient
 SMOOTH_L1_BETA = 4.0            # errors above it count linearly
 PIECE = 512                     # strings encoded at a time when measuring
-DRAWN = 100                     # steps whose strings and masks are drawn at once
+DRAWN = 100                     # steps whose strings and masks are drawn at once, at most
 # settings for check_size where nothing is measured
 NO_MEASURE = {"test_strings": 1, "probe_strings": 1}
 
@@ -59,7 +60,7 @@ eights = option(int, lambda n: n in range(8, 2**16 + 1, 8), "a multiple of 8 up 
 
 
 def aligned(size):
-    """The next multiple of 8."""
+    """size, rounded up to a multiple of 8."""
     return -(-size // 8) * 8
 
 
@@ -69,22 +70,23 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("hidden", eights, 64, 8192, "hidden units of the two-layer networks"),
     Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
     Setting("heads", whole(1, 256), 4, 32, "heads of the transformer's attention"),
-    Setting("attention_bias", switch, False, False, "transformer: a learned T x T bias a head"),
-    Setting("dropout", real(0, 0.9), 0.0, 0.1, "transformer: probability, on both branches"),
+    Setting("attention_bias", switch, False, False, "transformer: learned T x T bias per head"),
+    Setting("dropout", real(0, 0.9), 0.0, 0.1, "transformer: rate on both residual branches"),
     Setting("top", whole(1, 100), 3, 4, "K, how many of the last maps are the target"),
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
-    Setting("steps", whole(1), 5000, 262144, "optimiser steps; online, a sweep takes P / batch"),
+    Setting("steps", whole(1), 5000, 262144, "optimiser steps; an online sweep: P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
-    Setting("mask", real(0, 1), 0.15, 0.15, "probability that a node is hidden; one always is"),
-    Setting("mask_block", mask_block, 0, 0, "level of hidden nodes, or top (depth-2), or mixed"),
-    Setting("ema", real(0, 1), 0.97, 0.99, "what the teacher keeps of itself, a step"),
+    Setting("mask", real(0, 1), 0.15, 0.15, "probability to hide a node; at least one a string"),
+    Setting("mask_block", mask_block, 0, 0,
+            "level of hidden nodes; top: depth-2; mixed: each string draws from 0..depth-2"),
+    Setting("ema", real(0, 1), 0.97, 0.99, "EMA decay of the teacher, a step"),
     Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
     Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
     Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
-    Setting("cooldown", real(0, 1), 0.2, 0.0, "last share of the steps, in which it falls to 0"),
+    Setting("cooldown", real(0, 1), 0.2, 0.0, "share of steps, at the end, in which lr falls to 0"),
     Setting("bfloat16", switch, False, None, "products in bfloat16, by autocast"),
     Setting("compile", switch, False, None, "torch.compile, which needs a compiler"),
-    Setting("probes", whole(0), 20, None, "how often the script measures while it trains"),
+    Setting("probes", whole(0), 20, None, "number of measurements while the script trains"),
     Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
     Setting("probe_strings", whole(1, 2**20), 2048, None, "strings a probe is fitted on"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
@@ -107,8 +109,8 @@ def layer_norm(h):
 
 
 def pool(h, nodes):
-    """Maps (..., n, d) at so many nodes, (..., nodes, d): the mean of what is beneath each, or
-    a copy of what is above it."""
+    """Bring a map (..., n, d) to another number of nodes, (..., nodes, d): each gets the mean
+    of the nodes beneath it, or a copy of the node above it."""
     n = h.shape[-2]
     if n > nodes:
         return h.unflatten(-2, (nodes, n // nodes)).mean(-2)
@@ -176,7 +178,7 @@ def initialise(module, randoms):
 # ----------------------------------------------------------------------------------------
 # two encoders: tokens (R, B, T), v for a hidden one -> a list of maps, layer-normalised
 #
-# A third one needs a name in SETTINGS and in ENCODERS, and `maps`, how many it makes. Every
+# A third one needs a name in SETTINGS and ENCODERS, and n_maps, how many maps it makes. Every
 # parameter has R first; initialise draws those named weight, embed or position.
 
 
@@ -187,7 +189,8 @@ class TreeEncoder(nn.Module):
     def __init__(self, R, v, s, L, options):
         super().__init__()
         d, hidden = options.width, options.hidden
-        self.maps, self.inputs = L, s * d  # inputs: features of siblings, one after the other
+        self.n_maps = L
+        self.inputs = s * d  # features of siblings, one after the other
         self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
         self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
@@ -202,7 +205,7 @@ class TreeEncoder(nn.Module):
             up.append(layer_norm(net(up[-1].view(family))))     # (R, B, s^(L-l), d)
         context = up.pop()                                      # (R, B, 1, d), the root
 
-        # down: what stands around it, too, from siblings and the context of the parent
+        # down: also what stands around a node, from its siblings and its parent's context
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
             around = torch.cat([h.view(family), context], -1)   # (R, B, s^(L-l-1), (s+1) d)
@@ -264,7 +267,7 @@ class Transformer(nn.Module):
 
     def __init__(self, R, v, s, L, options):
         super().__init__()
-        T, d, self.maps = s**L, options.width, options.layers
+        T, d, self.n_maps = s**L, options.width, options.layers
         self.embed = nn.Parameter(torch.empty(R, v + 1, d))
         self.position = nn.Parameter(torch.empty(R, T, d))
         self.blocks = nn.ModuleList(Block(R, T, options) for _ in range(options.layers))
@@ -315,7 +318,7 @@ def cross_entropy(scores, tokens):
 def goal(target, x, maps):
     """What is the target? One goal for each head: tokens (R, B, T), or features (R, B, T, d).
 
-    x: whole strings, (R, B, T); maps: the teacher's top K maps of them, if the target needs any."""
+    x: whole strings, (R, B, T); maps: the teacher's last K maps of them, [] for target token."""
     if target == "token":
         return [x]
     maps = [pool(h, x.shape[2]) for h in maps]                  # each (R, B, T, d)
@@ -332,13 +335,14 @@ class Network(nn.Module):
         self.v, self.s, self.L, self.target, self.options = v, s, L, target, options
         d = options.width
         self.encoder = ENCODERS[options.encoder](R, v, s, L, options)
-        self.K = min(options.top, self.encoder.maps)
+        self.K = min(options.top, self.encoder.n_maps)
         heads = self.K if target in ("stacked", "several") else 1
         outputs = aligned(v) if target == "token" else d
         self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(heads))
 
     def predict(self, x, hidden):
-        """What every head predicts from x, (R, B, T), whose hidden tokens are not seen."""
+        """Predictions [(R, B, T, d)] of the heads, from x, (R, B, T), with its hidden tokens
+        masked. Target token: one (R, B, T, aligned(v)), of which the first v scores count."""
         maps = self.encoder(x.masked_fill(hidden, self.v))
         sources = maps[-1:] * len(self.heads)                   # each (R, B, T, d)
         if self.target == "stacked":
@@ -347,7 +351,8 @@ class Network(nn.Module):
         return [head(h) for head, h in zip(self.heads, sources)]
 
     def forward(self, x, hidden, goals, count):
-        """(R,) losses, given the goal of every head: sums over hidden positions / count."""
+        """Losses (R,): errors against each head's goal, summed over heads and hidden
+        positions, divided by count, (R,)."""
         loss = 0
         for prediction, aim in zip(self.predict(x, hidden), goals, strict=True):
             if self.target == "token":
@@ -364,9 +369,8 @@ class Network(nn.Module):
 
 def stream(seed, number, device="cpu"):
     """One of four independent generators of a seed: 0 draws weights, 1 picks strings, 2 hides
-    tokens, 3 drops out. Strings have seeds of their own: P of seed, the test of (seed, 1), fresh
-    ones online of (seed, 2, step), and those that probes are fitted on of (seed, 3) and (seed, 4,
-    level)."""
+    tokens, 3 drops out. Grammar.sample gets other seeds: seed for training strings, (seed, 1) for
+    the test, (seed, 2, step) online, (seed, 3) and (seed, 4, level) for fitting probes."""
     return torch.Generator(device).manual_seed(4 * seed + number)
 
 
@@ -448,7 +452,7 @@ def train(student, xs, seeds, watch=None, resume=None):
     optimizer = adamw(student, options.decay)
     pick, mask, noise = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
 
-    # a run that was killed goes on; stopped: what has diverged, run -> (step, its weights)
+    # resume if there is a file; stopped: {diverged run: (step, weights before it)}
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
     about = {"v": student.v, "s": s, "depth": L, "target": target, "seed": list(seeds)}
     about |= {**vars(options), "device": device.type}
@@ -461,27 +465,27 @@ def train(student, xs, seeds, watch=None, resume=None):
     for block in student.modules():
         if isinstance(block, Block) and options.dropout:
             block.drop = Dropout(options.dropout, options.batch, noise, own)
-    learn, see = student, teacher.encoder
+    student_loss, teacher_maps = student, teacher.encoder
     if world > 1:
-        learn = DistributedDataParallel(learn)
+        student_loss = DistributedDataParallel(student_loss)
     if options.compile:
-        learn, see = torch.compile(learn), torch.compile(see)
+        student_loss, teacher_maps = torch.compile(student_loss), torch.compile(teacher_maps)
     precision = partial(torch.autocast, device.type, torch.bfloat16, options.bfloat16)
 
     drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), options, done)
     for step, (x, hidden) in enumerate(drawn, done + 1):
-        # hidden tokens, (R,): the average over processes of sums / count is the mean error
+        # (R,) hidden tokens / world: sum / count, averaged over processes, is the mean error
         count = hidden.sum((1, 2)) / world
         x, hidden = x[:, own], hidden[:, own]
 
         # the teacher sees whole strings, and nothing flows back into it
         with torch.no_grad(), precision():
-            maps = [] if target == "token" else see(x)[-K:]             # each (R, B, n, d)
+            maps = [] if target == "token" else teacher_maps(x)[-K:]    # each (R, B, n, d)
             goals = goal(target, x, maps)
 
         # the student sees the rest, and predicts what is hidden from it
         with precision():
-            loss = learn(x, hidden, goals, count)                       # (R,)
+            loss = student_loss(x, hidden, goals, count)                # (R,)
 
         # runs share no weight, so that the gradient of each is its own
         optimizer.zero_grad()
@@ -505,12 +509,12 @@ def train(student, xs, seeds, watch=None, resume=None):
             watch(step, options.steps, teacher, loss)
         if len(stopped) == R:
             break
-        # between two draws the generators' states say all about the steps to come
+        # only where a block ends do the generators' states determine all later steps
         last = step == options.steps
         if rank == 0 and (last or step % drawn_at_once(options, T) == 0):
             checkpoint.save(step, stopped, last)
 
-    # what diverged goes back to where it stopped
+    # runs that diverged get back the weights from before that step
     for r, (_, kept) in stopped.items():
         for w, before in zip(teacher.parameters(), kept):
             w[r] = before
@@ -523,7 +527,7 @@ def train(student, xs, seeds, watch=None, resume=None):
 
 class Data2vec:
     """What fit returns: the teacher, a Network of one run, and its encoder before training.
-    diverged: the step whose loss or gradient was not finite, 0 if all were."""
+    diverged: the first step whose loss or gradient was not finite, or 0."""
 
     def __init__(self, network, untrained=None, diverged=0):
         self.v, self.s, self.L = network.v, network.s, network.L
@@ -595,7 +599,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
     check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
 
 
-def check_speed(options, device):
+def check_speedups(options, device):
     """Raises ValueError, naming the setting, unless bfloat16 and compile work on the device."""
     name, one = "bfloat16", torch.ones(8, device=device)
     try:
@@ -621,22 +625,22 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
              **settings):
     """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
 
-    xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
-    fresh strings. A run depends on these and its seed alone. settings: rows of SETTINGS, preset.
-    device: that of the strings, if not given.
-    watch(step, steps, network, loss) is called after every step, with the Network of all
-    teachers and their losses, (R,).
-    resume: a file, written every minute and at the end; if it is there, the runs go on from
-    it. Processes of torch.distributed share every batch. Raises ValueError, naming what."""
+    xs: for each run its strings, (P, s^L) integers of any dtype, or a Grammar that gives
+    always fresh ones. A run depends on its own strings, seed and settings, not on R.
+    settings: values by their names in SETTINGS, or preset. device: by default the strings', or cpu.
+    watch(step, steps, network, loss) is called after every step, with the Network of the
+    teachers and the students' losses, (R,). resume: a file, written at most once a minute
+    and at the end; if it exists, the runs go on from it. Processes of torch.distributed
+    share every batch. Raises ValueError that begins with the wrong argument's name."""
     xs, L, P, device = check_runs(xs, v, s, seeds, device)
     options = read_settings(SETTINGS, PRESETS, settings)
-    check_speed(options, device)
+    check_speedups(options, device)
     if options.online and P:
         raise ValueError("online: needs a Grammar in place of x")
     world = rank_and_world()[1]
     if options.batch < world:
         raise ValueError(f"batch: must be {world} or more, a string a process")
-    # of anyone's strings m is not known
+    # m of given strings is unknown, so 2 stands in
     check_size(v, s, 2, L, P, target, **settings | NO_MEASURE)
 
     student = Network(len(xs), v, s, L, target, options)
@@ -654,7 +658,8 @@ def fit(x, v, s, target="latent", seed=0, watch=None, device=None, resume=None, 
     model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
     if model.diverged:
         step = model.diverged
-        raise FloatingPointError(f"step {step}: the loss is not finite; lower lr or decay")
+        what = "the loss or its gradient is not finite"
+        raise FloatingPointError(f"step {step}: {what}; lower lr or decay")
     return model
 
 
@@ -670,12 +675,12 @@ def encode(encoder, x):
 
 
 def unseen_synonyms(features, grammar, seed, options, device="cpu"):
-    """Which levels do features know? Lists over l = 1..L-1: (unseen, seen, collapsed).
+    """How well features know each level: (unseen, seen, collapsed), lists over l = 1..L-1.
 
-    A linear probe reads h^(l) from the best map, at its node. It is fitted on strings without
-    one rule of every level-l symbol. unseen is its accuracy on tuples that this rule makes:
-    it is right only if synonyms look alike. seen: on others, whose parent it can look up.
-    collapsed: it answers with fewer than v symbols. Raises ValueError if m = 1."""
+    A linear probe reads h^(l) at its node, from the map with the highest unseen. It is fitted on
+    strings in which every level-l symbol lacks one rule. unseen: its accuracy on tuples of this
+    rule, high only if synonyms look alike. seen: on other tuples, whose parents the probe can
+    look up. collapsed: it answers with fewer than v symbols. Raises ValueError if m = 1."""
     v, s, L = grammar.v, grammar.s, grammar.L
     test = grammar.sample(options.test_strings, (seed, 1), device)
     tested = features(test[0])
@@ -685,7 +690,8 @@ def unseen_synonyms(features, grammar, seed, options, device="cpu"):
         known = grammar.sample(options.probe_strings, (seed, 4, l), device, without=l)
         rule = tuple_codes(grammar.rules[l - 1][:, 0].to(device), v)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
-        absent, nodes = torch.isin(tuples, rule), s ** (L - l)
+        absent = torch.isin(tuples, rule)           # (P, nodes)
+        nodes = s ** (L - l)
 
         # and ask about the tuples that only this rule makes
         found = []
@@ -694,10 +700,11 @@ def unseen_synonyms(features, grammar, seed, options, device="cpu"):
             predict = linear_probe(fitted, known[l].flatten(), v)
             answer = predict(pool(fresh, nodes)).argmax(2)
             right = (answer == test[l]).float()     # (P, nodes)
-            few = len(answer.unique()) < v
-            # of few strings there may be none
-            unseen, seen = (right[place].mean().nan_to_num().item() for place in (absent, ~absent))
-            found.append((unseen, seen, few))
+            # nan_to_num: few strings may have no such tuple
+            unseen = right[absent].mean().nan_to_num().item()
+            seen = right[~absent].mean().nan_to_num().item()
+            collapsed = len(answer.unique()) < v
+            found.append((unseen, seen, collapsed))
         results.append(max(found))
     return [list(column) for column in zip(*results)]
 
@@ -725,9 +732,8 @@ def mlp_probe(features, labels, v, steps, lr=1e-3):
 
 
 def measure_encoders(encoders, grammars, seeds, options, device="cpu"):
-    """[(accuracy, collapsed)] of every encoder, lists over the levels 1..L: those below the root
-    by unseen synonyms, the root by the paper's MLP probe of the last map, averaged over
-    positions."""
+    """[(accuracy, collapsed)], one pair for every encoder, each a list over levels 1..L: below the
+    root on unseen synonyms; at the root by the paper's MLP probe of the last map's mean."""
     found, pooled = [], []
     for encoder, grammar, seed in zip(encoders, grammars, seeds):
         features = partial(encode, encoder)     # strings -> maps
@@ -750,8 +756,8 @@ def measure_encoders(encoders, grammars, seeds, options, device="cpu"):
 
 
 def measure(models, grammars, seeds, device="cpu"):
-    """[Score] of models of one size, by measure_encoders. The floor is that of the untrained
-    encoders, which load does not have: then it is None."""
+    """[Score] of models of one size, by measure_encoders. The floor is what the encoders get
+    untrained; it is None for a loaded model, which has no untrained encoder."""
     about = grammars, seeds, models[0].options, device
     found = measure_encoders([model.encoder for model in models], *about)
     floors = [None] * len(models)
@@ -774,12 +780,13 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
     options = read_settings(SETTINGS, PRESETS, settings)
     if options.online:
         learned = {}
-        # as many steps as the strings of a run last: runs of one P train side by side
+        # P sets the number of steps, so that only runs of one P can train side by side
         for P in set(samples):
-            runs = [r for r, of_run in enumerate(samples) if of_run == P]
-            xs, of_runs = [grammars[r] for r in runs], [seeds[r] for r in runs]
+            runs = [r for r, size in enumerate(samples) if size == P]
+            xs = [grammars[r] for r in runs]
+            own_seeds = [seeds[r] for r in runs]
             settings["steps"] = max(1, P // options.batch)
-            learned |= zip(runs, fit_many(xs, v, s, target, of_runs, device=device, **settings))
+            learned |= zip(runs, fit_many(xs, v, s, target, own_seeds, device=device, **settings))
         models = [learned[r] for r in range(len(seeds))]
     else:
         xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
@@ -789,15 +796,14 @@ def recover(grammars, samples, seeds, target="latent", device="cpu", **settings)
 
 @torch.no_grad()
 def token_losses(model, grammar, seed):
-    """How near is target token to what can be known? Nats per hidden token of fresh strings,
-    masked as in training: (of the model, exact limit by the rules, marginals of positions)."""
+    """Cross-entropies on fresh strings, masked as in training, in nats per hidden token: (the
+    model's, the exact Bayes limit, that of each position's marginal distribution)."""
     if model.target != "token":
         raise ValueError(f"model: must be trained with target token, not {model.target}")
     v, s, L, options = grammar.v, grammar.s, grammar.L, model.options
     fresh = grammar.sample(options.test_strings, (seed, 1))[0]
-    # from the stream that drew no mask in training
-    masks = options.mask, options.mask_block, stream(seed, 1)
-    hidden = draw_mask(len(fresh), L, s, *masks)                            # (P, T)
+    # masks (P, T) from stream 1, which drew none in training
+    hidden = draw_mask(len(fresh), L, s, options.mask, options.mask_block, stream(seed, 1))
     nothing = torch.zeros(s**L, dtype=torch.bool)
     unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
 
@@ -805,35 +811,37 @@ def token_losses(model, grammar, seed):
     piece = max(1, 2**28 // grammar.posterior_bytes(1))
     device = next(model.network.parameters()).device
     losses = torch.zeros(3, dtype=torch.float64)
-    for x, gone in zip(fresh.long().split(piece), hidden.split(piece)):
-        scores = model.network.predict(x[None].to(device), gone[None].to(device))[0]
-        said = scores[0, :, :, :v].log_softmax(-1).cpu().double()           # (p, T, v)
-        bayes = grammar.posterior(x, ~gone)[0].log()                        # (p, T, v)
-        for i, log in enumerate((said, bayes, unigram.expand_as(said))):
+    for x, part in zip(fresh.long().split(piece), hidden.split(piece)):
+        scores = model.network.predict(x[None].to(device), part[None].to(device))[0]
+        learned = scores[0, :, :, :v].log_softmax(-1).cpu().double()        # (p, T, v)
+        bayes = grammar.posterior(x, ~part)[0].log()                        # (p, T, v)
+        for i, log in enumerate((learned, bayes, unigram.expand_as(learned))):
             of_token = log.gather(2, x[..., None])[..., 0]                  # (p, T)
-            losses[i] -= of_token[gone].sum()
+            losses[i] -= of_token[part].sum()
     return tuple((losses / hidden.sum()).tolist())
 
 
 @torch.no_grad()
 def synonym_scores(features, grammar, seed, options, device="cpu"):
-    """The paper's synonym score C_l (Figs. 5, 13) of the best map, for l = 1..L-1: floats.
+    """The paper's synonym score C_l (Figs. 5, 13), the largest over maps: floats, l = 1..L-1.
 
-    A node's level-(l-1) tuple is replaced by a synonym, or by any valid tuple, and all below
-    is resampled. C_l is 1 - (mean distance that the node's mean features move by synonyms) /
-    (that by any tuple): 1 if synonyms are the same, 0 if they are nothing special."""
+    The tuple under one level-l node is replaced, once by a synonym and once by any other tuple,
+    and all levels below are resampled. The node's mean features move by a mean distance d_syn or
+    d_any: C_l = 1 - d_syn / d_any, 1 if synonyms look the same, 0 if like any other tuple."""
     levels = grammar.sample(min(1024, options.test_strings), (seed, 1), device)
-    before, strings = features(levels[0]), torch.arange(len(levels[0]), device=device)
+    before = features(levels[0])
+    each = torch.arange(len(levels[0]), device=device)
     scores = []
     for l in range(1, grammar.L):
-        nodes, moved = grammar.s ** (grammar.L - l), []
+        nodes = grammar.s ** (grammar.L - l)
+        distance = {}
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
-            # of every map, the mean distance that the swapped node of a string moves
             change = [b - a for a, b in zip(before, features(swapped[0]))]
-            change = [pool(h, nodes)[strings, node] for h in change]
-            moved.append(torch.stack([h.norm(dim=1).mean() for h in change]))
-        scores.append((1 - moved[0] / moved[1].clamp(min=1e-12)).max().item())
+            change = [pool(h, nodes)[each, node] for h in change]       # (P, d) for each map
+            distance[kind] = torch.stack([h.norm(dim=1).mean() for h in change])
+        ratio = distance["synonym"] / distance["generic"].clamp(min=1e-12)
+        scores.append((1 - ratio).max().item())
     return scores
 
 
@@ -925,14 +933,14 @@ def main():
     device = join_processes(parser, device)
     rank, world = rank_and_world()
 
-    # a trial of a few steps is measured little, or that would take longer than training
+    # a short trial is measured on few strings, or measuring would take longer than training
     options = read_settings(SETTINGS, PRESETS, settings)
     few = max(8, options.steps * options.batch // 32)
     for name in ("test_strings", "probe_strings", "probe_steps"):
         settings.setdefault(name, min(few, getattr(options, name)))
     settings.setdefault("probes", min(options.steps // 20, options.probes))
     options = read_settings(SETTINGS, PRESETS, settings)
-    # more threads gain nothing on matrices this small, and wait where others work
+    # on matrices this small more threads gain nothing and take cores from other processes
     if device == "cpu" and options.width <= 64:
         torch.set_num_threads(1)
 
@@ -940,12 +948,12 @@ def main():
     strings = "always fresh" if options.online else P
     print(f"{strings} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(f"target {args.target}, {options.encoder} encoder; by level, the best of its maps:")
-    print("unseen: read from tuples that the probe never saw; synonyms: their score\n")
+    print("unseen: accuracy on tuples the probe never saw; synonyms: the synonym score\n")
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
 
-    # step 1 tells what an untrained encoder gets
+    # step 1 shows what a nearly untrained encoder gets
     every = max(1, options.steps // max(1, options.probes))
     looked_at = {1, *range(every, options.steps + 1, every)} if options.probes else {}
     bar = tqdm(total=options.steps, unit="step", leave=False, disable=rank > 0)

@@ -7,10 +7,10 @@ The pictures, from CSV files alone. Each is written into the folder of its files
     python plot.py 0.csv 1.csv                      traces of data2vec.py, or of predictor.py
     python plot.py contrast.csv                     from grammar.py --contrast --csv contrast.csv
 
-  samples_vs_depth.png   P* against depth: the learner is the style of a line and its marker, the
-                         target its colour; P* of the root has a panel of its own
-  methods.png            where a size has one depth: P* of all methods, a line for each
-  collapse.png           where several m are there, at the largest depth: accuracy of level L-1
+  samples_vs_depth.png   P* against depth: line style and marker show the learner, the colour its
+                         target; P* of the root has its own panel
+  methods.png            if a size has one depth and there is no collapse.png: P* of all methods
+  collapse.png           for a method with several m, at its largest such depth: accuracy of L-1
                          against P, P/(v m^3) and P over another law (the paper's figures 3, 11)
   phases.png             when each level rises while a network is trained, and from how many
                          strings if the traces are of several P (the paper's figures 5, 10, 13)
@@ -40,7 +40,7 @@ LINES = {"cluster": ("-", "o"), "predictor": ("--", "s"), "data2vec": (":", "^")
 SPARE_LINES = (("-.", "D"), ("-.", "v"), ("-.", "P"), ("-.", "X"))
 MARKERS = "osD^vPX*"
 
-# the words of titles, and the paper's learners as ours
+# targets as legends name them; the paper's name of a learner -> ours
 NAMES = {"latent": "own latents", "token": "tokens", "root": "labels"}
 PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}
 
@@ -94,7 +94,7 @@ LIMITS = {  # type, lowest and highest number of a column; "unseen" is that of "
 def check(column, text):
     """A cell -> its value. Raises ValueError that says what its column may have.
 
-    P50 is "413", "> 4096", "< 16" or empty, and becomes ("=", 413.0), (">", 4096.0) and so on."""
+    P50: "413" becomes ("=", 413.0), "> 4096" (">", 4096.0), empty or "?" ("", nan)."""
     if column in ("method", "target"):
         # a picture would take $ for a formula
         if not re.fullmatch(r"[\w.+=:()^-]+", text):
@@ -109,7 +109,7 @@ def check(column, text):
 
     # an interval may be missing, and nan in a trace is a gap in its line
     quantity, _, level = column.partition(" ")
-    if text == "" and column in ("P50_lo", "P50_hi") or text == "nan" and level:
+    if (text == "" and column in ("P50_lo", "P50_hi")) or (text == "nan" and level):
         return math.nan
     kind, low, high = LIMITS[quantity]
     what = {int: "a whole number", float: "a number"}[kind]
@@ -145,7 +145,7 @@ def read(path):
 
     # what is not drawn is not checked; a trace has columns for every level, "unseen 3"
     kind = kinds[0]
-    checked = {*KINDS[kind], *MISSING} - {"status"} | {"v", "m", "P"} & header
+    checked = ({*KINDS[kind], *MISSING} - {"status"}) | ({"v", "m", "P"} & header)
     levels = [name for name in header if re.fullmatch(r"\w+ \d+", name)]
     checked |= {name for name in levels if name.split()[0] in LIMITS}
     rows = []
@@ -230,7 +230,7 @@ def shade(k, n):
 
 
 def draw_line(axis, rows, x, y, scale=1.0, **style):
-    """One column of rows against another one, divided by scale. Returns (last y, line)."""
+    """Plot column y of rows against column x / scale. Returns (last y, line)."""
     rows = sorted(rows, key=lambda row: row[x])
     heights = [row[y] for row in rows]
     line, = axis.plot([row[x] / scale for row in rows], heights, **style)
@@ -258,7 +258,7 @@ def cells_of(rows):
         for part, what in (("", "level L\u22121"), ("root_", "root, read by a probe")):
             sign, P = row[f"{part}P50"]
             if not sign:
-                continue  # not run
+                continue  # not measured, or "?": some seeds bound it above, some below
 
             # the status is that of level L-1, so it may not explain the root's bound
             beyond = row["status"] if row["status"] in BEYOND else "beyond the ladder"
@@ -280,7 +280,7 @@ def conclusion(curves, m):
         if not cells:
             continue
 
-        # the laws are a factor of 1 and of m a level: sqrt(m) lies between them
+        # a level multiplies P* by 1 (flat) or by m (growing): sqrt(m) lies between them
         first, last = cells[0], cells[-1]
         between = m ** ((last["L"] - first["L"]) / 2)
         if last["high"] / first["low"] < between:
@@ -320,14 +320,14 @@ def draw_method(axis, method, cells, shift, style):
         x, P, state = cell["L"] + shift, cell["P"], cell["state"]
         numbers.append(cell | {"x": x, "number": math.nan if state else P})
 
-        # no interval is nan, of which nothing is drawn
+        # a missing interval is nan, which matplotlib does not draw
         axis.vlines(x, cell["low"], cell["high"], color=style["color"], alpha=style["alpha"])
         if state:
             axis.plot(x, P, **style | {"markerfacecolor": "white"})
             offset = 0, -13 if state == "below Pmin" else 13
             axis.annotate(SIGNS[state], (x, P), offset, textcoords="offset points", **look)
 
-    # a thin line leads to bounds, the full one joins numbers alone
+    # a thin line joins all points, the full one only those that are no bounds
     last, _ = draw_line(axis, numbers, "x", "P", color=style["color"], linewidth=0.8, alpha=0.5)
     _, line = draw_line(axis, numbers, "x", "number", label=method, **style)
     return last, line
@@ -351,7 +351,7 @@ def draw_panel(axis, v, m, depths, curves, styles):
 
 
 def draw_depth(tables):
-    """The figure of samples_vs_depth.png; None without a table, or if nothing ran."""
+    """The figure of samples_vs_depth.png; None unless a size has several depths and a P*."""
     # a size of one depth is methods.png's
     sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
     rows = [row for size in sizes if len(group(size, "L")) > 1 for row in size]
@@ -390,9 +390,9 @@ def draw_depth(tables):
 
 
 def draw_methods(tables):
-    """The figure of methods.png: P* of every method at a size of one depth, a line for each
-    learner and its settings, and a colour for each target. None if there is no such size, or if
-    it is collapse.png's."""
+    """The figure of methods.png: P* of every method at a size of one depth, a row for each
+    learner and its settings, a colour for each target. None if there is no such size, or if
+    collapse.png is drawn."""
     if collapse_groups(tables["runs"]):
         return None
     sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
@@ -467,7 +467,7 @@ def paper_stars(method, v, s, zipf, L, paper):
     if target in OWN_LAW or zipf:
         return {}
 
-    # h^(L-1) is its name of level L-1
+    # h^(L-1) is the paper's name of level L-1
     rows = group(paper, "v", "s", "L", "target").get((v, s, L, "h^(L-1)"), [])
     return {row["m"]: row["P_star"] for row in rows if PAPER.get(row["method"]) == learner}
 
@@ -511,7 +511,7 @@ def draw_collapse(tables):
     if not groups:
         return None
     figure, axes = new_figure(len(groups), 3, 4.3, 3.4)
-    for line, (key, rows) in zip(axes, sorted(groups.items())):
+    for panels, (key, rows) in zip(axes, sorted(groups.items())):
         method, v, s, zipf = key
         L = rows[0]["L"]
         stars = paper_stars(method, v, s, zipf, L, tables["paper"])
@@ -520,15 +520,14 @@ def draw_collapse(tables):
         # P as it is, over the law of own latents, and over the method's own law or the tokens'
         _, target = parts(method)
         own = OWN_LAW.get(target, OWN_LAW["token"])
-        for axis, law in zip(line, ("", "v\\,m^3", own)):
-            power = LAWS[law](L) if law else 0
-            scale = (lambda m: v * m**power) if law else (lambda m: 1)
+        for axis, law in zip(panels, ("", "v\\,m^3", own)):
+            scale = lambda m: v * m ** LAWS[law](L) if law else 1
             draw_ladders(axis, rows, scale, stars)
             label = f"$P\\,/\\,({law})$" if law else "$P$"
             axis.set_xlabel(f"{label}\n{spread_text(known, scale)}")
-        line[0].set_title(f"{method}\n{describe(v=v, s=s, L=L, zipf=zipf)}")
-        line[0].set_ylabel(f"accuracy of level {L - 1}")
-        line[2].legend(loc="upper left", bbox_to_anchor=(1, 1.05))
+        panels[0].set_title(f"{method}\n{describe(v=v, s=s, L=L, zipf=zipf)}")
+        panels[0].set_ylabel(f"accuracy of level {L - 1}")
+        panels[2].legend(loc="upper left", bbox_to_anchor=(1, 1.05))
     title = "Accuracy against training strings; lines of all m fall together where a law holds"
     figure.suptitle(title, x=0, ha="left")
     return figure
@@ -559,14 +558,14 @@ def draw_steps(axis, rows, what):
         for run in runs:
             draw_line(axis, run, "step", name, **look)
 
-        # what an untrained network gets
+        # the first row of each run: at the start of training, or soon after it
         first = np.mean([run[0][name] for run in runs])
         axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
     axis.set(xlabel="step")
 
 
 def draw_ends(axis, rows, what):
-    """The same at the last step of every run, against P / (v m^3)."""
+    """One quantity at the last step of every run, against P / (v m^3): a line a level."""
     last = {row["file"]: row | {"x": row["P"] / (row["v"] * row["m"] ** 3)} for row in rows}
     for name, look in level_columns(rows, what):
         ends = [row for row in last.values() if name in row]
@@ -648,9 +647,9 @@ def draw_contrast(tables):
 
 
 def predictions(tables):
-    """[(target, m, predicted P, measured P*)] of clustering, where rules and table are known.
+    """[(target, m, predicted P, measured P*)] of cluster.py, for sizes in both tables.
 
-    Predicted is the largest P at which noise equals contrast, over the levels of the tree."""
+    Predicted: the P at which noise equals contrast, the largest over the levels of the tree."""
     needed = {}
     for size, rows in group(tables["contrast"], "v", "s", "m", "L", "zipf", "target").items():
         needed[size] = max(row["P_noise"] for row in rows)
@@ -666,7 +665,7 @@ def predictions(tables):
 
 
 def draw_prediction(tables):
-    """The figure of prediction.png: one constant for all targets, depths and m."""
+    """The figure of prediction.png: measured against predicted P*, times one fitted constant."""
     found = predictions(tables)
     if len(found) < 2:
         return None
@@ -719,9 +718,9 @@ def draw(*names):
     found = gather(names)
     paper = [row for tables in found.values() for row in tables["paper"]]
 
-    # whatever the environment says, and with no word but our own
     os.environ["MPLBACKEND"] = "agg"  # a notebook may have left another
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home without a cache is no news
+    # matplotlib warns where it cannot keep its cache in the home folder
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib.style
 
     # a user's own style would change the bytes
@@ -744,7 +743,7 @@ def draw(*names):
 
 
 def write(path, image):
-    """The whole picture or none, whoever writes beside us."""
+    """Write the whole picture or nothing, even if another process writes the same one."""
     # the process's number keeps two writers apart
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -16,11 +16,13 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
   clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with like
               phi are pulled to one code, and tuples with unlike phi are pushed apart.
 
-The paper's exact losses are not public: what we chose is said where it is done. R runs train
-side by side, to the same bytes as alone (on one CPU thread, hidden and batch multiples of 16).
+The paper's exact losses are not public; we state ours at the functions that compute them. R runs
+train side by side, and each gives the same bytes as alone (on one CPU thread, with hidden and
+batch multiples of 16).
 
-The memory of a step grows as R B s^(L+2) d_h, L times that for tokens, and its time as hidden
-times that; k-means adds R L B^2 v. B and d_h are of order v. P strings are P s^L bytes.
+With batch B, a step takes memory ~ R B s^(L+2) d_h, L times that for tokens, and time ~ hidden
+times its memory. k-means adds memory ~ R L B^2 and time ~ R L B^2 s^3 d_h (s^(L+1) for tokens).
+B and d_h are of order v. P strings are P s^L bytes.
 """
 
 import copy
@@ -43,38 +45,40 @@ from grammar import (
 TARGETS = ("latent", "token", "joint")
 
 SETTINGS = (  # name, type, default, the paper's value, help
-    Setting("steps", whole(1), 800, 10**6, "training steps, at most"),
+    Setting("steps", whole(1), 800, 10**6, "training steps, at most (the paper limits epochs)"),
     Setting("epochs", whole(1), 200, 30, "passes over the P strings, at most"),
-    Setting("batch", whole(0), 0, 32, "strings a step; 0 is 8 v, as 1/v of its pairs are synonyms"),
+    Setting("batch", whole(0), 0, 32, "strings a step; 0: 8 v, as 1 in v pairs are synonyms"),
     Setting("lr", real(0, 1), 5e-3, 3e-3, "learning rate of AdamW"),
-    Setting("schedule", choice("linear", "constant"), "linear", "constant", "lr to 0, or constant"),
+    Setting("schedule", choice("linear", "constant"), "linear", "constant",
+            "linear: lr falls to 0; constant: it stays"),
     Setting("decay", real(0, 10), 1e-3, 1e-3, "weight decay of AdamW"),
     Setting("hidden", whole(1), 64, 150, "width of the hidden layers"),
     Setting("codes", whole(0, 4096), 0, 128, "d_h, clusters of a module, v or more; 0 is 5 v / 4"),
-    Setting("ema", real(0, 1), 0.985, 0.985, "what the teacher keeps of itself; 0: no teacher"),
+    Setting("ema", real(0, 1), 0.985, 0.985, "EMA decay of the teacher; 0: no teacher"),
     Setting("detach", choice("none", "layers", "layers+clusterer"), "none", "none",
-            "where no gradient flows: between modules, from a clusterer to its predictor"),
+            "layers: no gradient between modules; +clusterer: nor from clusterer to predictor"),
     Setting("combine", choice("sum", "upgrad"), "sum", "upgrad",
-            "the losses: their sum, or Jacobian descent by the package torchjd"),
+            "sum of the losses, or upgrad: Jacobian descent by the package torchjd"),
     Setting("elements", choice("all", "one"), "all", "all",
-            "one: one element of one cousin is predicted, from one position"),
+            "predict every element of every cousin, or one of one cousin, from one position"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
-            "tuples with one code: of one k-means group, or like phi (centred: minus mean)"),
-    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m, the similarity of alike tuples"),
-    Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing codes apart"),
+            "pairs pulled to one code: same k-means group, or S_ij of (centred) phi > threshold"),
+    Setting("threshold", real(0, 1), 0.8, 0.8, "S_m: pairs above it are alike; not for groups"),
+    Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing unlike tuples' codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
-    Setting("gate", real(0, 1), 0.1, 0.0, "gain at which a clusterer learns fully; 0: no gate"),
-    Setting("probes", whole(1), 80, None, "how often the script measures while it trains"),
+    Setting("gate", real(0, 1), 0.1, 0.0,
+            "clustering counts in full once phi explains this share of goal entropy; 0: always"),
+    Setting("probes", whole(1), 80, None, "number of measurements while the script trains"),
     Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
 )
-# upgrad needs a package that we don't require: it has to be asked for by name
+# the paper's upgrad needs a package that we don't require, so preset paper takes the sum
 PRESETS = {"default": {}, "paper": paper_preset(SETTINGS) | {"combine": "sum"}}
 
 STARTS, TRIALS, ROUNDS = 4, 4, 5  # of k-means; trials are the candidates for a new seed
 BLOCK = 100                       # steps whose random numbers are drawn at once
 MOMENTUM = 0.1                    # share of a batch in the running mean and variance
-CHUNK_TOKENS = 2**16              # tokens that are encoded at once, at most
-CHUNK_NUMBERS = 2**24             # of phi, that come of them
+CHUNK_TOKENS = 2**16              # encode about so many tokens at once,
+CHUNK_NUMBERS = 2**24             # or so many numbers of phi, if these are fewer strings
 
 
 # ----------------------------------------------------------------------------------------
@@ -130,13 +134,13 @@ class Module(nn.Module):
             Linear(R, hidden, hidden), nn.GELU(),
             Linear(R, hidden, width),
         )
-        # phi differs little from one tuple to another
+        # phi differs little between tuples, so the clusterer gets it normalised
         self.norm = BatchNorm(R, width)
         self.cluster = nn.Sequential(Linear(R, width, hidden), nn.GELU(), Linear(R, hidden, d))
 
     def forward(self, codes, local=False):
         """codes: (R, B, n, d) -> log phi of all N = B n/s tuples, (R, N, *heads, d), and the
-        codes of the level above, (R, B, n/s, d). local: the clusterer does not teach phi."""
+        codes of the level above, (R, B, n/s, d). local: no gradient from clusterer to phi."""
         R, B, n, d = codes.shape
         tuples = codes.reshape(R, -1, self.s * d)              # (R, N, s d)
         logits = self.predict(tuples)                          # (R, N, heads d)
@@ -192,11 +196,11 @@ class Network(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------
-# the losses; each is (R,) or (R, L-1), one number for every run
+# the losses; each is (R,) or (R, L-1), one number for every run, or every module of it
 
 
 def goal(target, codes, l, s, elements):
-    """What is the target? The symbols of a level-l tuple that its cousins predict.
+    """What is the target? The codes of the E symbols of a level-l tuple: its cousins predict them.
 
     codes: the teacher's, of all levels from 0. Returns (R, B, n, E, d) for n tuples a string."""
     known = codes[0] if target == "token" else codes[l]
@@ -210,8 +214,8 @@ def goal(target, codes, l, s, elements):
 
 
 def heads_of(target, elements, s, L):
-    """What each module predicts, (own positions, cousins, symbols of a cousin): it does not
-    know which child its tuple is, so that there is a prediction for each position."""
+    """For each module the shape (I own positions, C cousins, E symbols of a cousin) of what it
+    predicts: it does not know which child its tuple is, so it predicts for every position."""
     # one string's codes of width 1: only the shape of the goal counts
     codes = [torch.empty(1, 1, s ** (L - l), 1) for l in range(L)]
     heads = []
@@ -222,8 +226,8 @@ def heads_of(target, elements, s, L):
 
 
 def prediction_loss(log_phi, aim, s):
-    """(R,) each: the mean cross-entropy to the cousins' goal, in nats, and the gain, the share
-    of what can be known of them that phi knows, without gradient.
+    """(R,) each: the mean cross-entropy to the cousins' goal, in nats, and the gain, detached:
+    0 if phi predicts the mean goal everywhere, 1 if it predicts every single goal exactly.
 
     log_phi: (R, N, I, C, E, d); aim: (R, B, n, E, d), a goal, with B n = N."""
     R, N, I, C, E, d = log_phi.shape
@@ -231,16 +235,16 @@ def prediction_loss(log_phi, aim, s):
     others = cousins(s, aim.device)[:I, :C]                # (I, C)
     seen = families[:, :, others]                          # (R, N/s, I, C, E, d)
 
-    # the i-th tuple of a family uses the heads for position i; with one head, the first alone
+    # the i-th tuple of a family uses the heads for position i; if I = 1, only the first counts
     log_phi = log_phi.view(R, N // s, s, I, C, E, d)
-    own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # as seen
+    own = log_phi[:, :, :I].diagonal(dim1=2, dim2=3).movedim(-1, 2)     # (R, N/s, I, C, E, d)
     loss = -(seen * own).flatten(1).sum(1) / seen.shape[1:-1].numel()
 
-    # the loss falls from the marginal entropy, if phi knows nothing, to the conditional one
+    # marginal: the loss if phi knows nothing; least: the loss if it knew every single goal
     with torch.no_grad():
         marginal = entropy(seen.mean(1)).flatten(1).mean(1)
-        conditional = entropy(seen).flatten(1).mean(1)
-        gain = (marginal - loss) / (marginal - conditional + 1e-3)
+        least = entropy(seen).flatten(1).mean(1)
+        gain = (marginal - loss) / (marginal - least + 1e-3)
     return loss, gain
 
 
@@ -273,15 +277,15 @@ def grouping(phi, v, noise):
         best = left.argmin(-1, keepdim=True)               # (K, STARTS, 1)
         picked.append(trials.gather(-1, best)[..., 0])
         near = torch.minimum(near, distance[k, picked[-1]])
-    parents = x[k, torch.stack(picked, -1).flatten(1)]      # (K, STARTS v, D)
+    means = x[k, torch.stack(picked, -1).flatten(1)]        # (K, STARTS v, D)
 
-    # then k-means: the likeliest parent of each tuple, the mean tuple of each parent
+    # then k-means: each tuple joins its likeliest mean, each mean becomes that of its tuples
     for _ in range(ROUNDS):
-        likelihood = (parents.log() @ x.mT).view(K, STARTS, v, n)
+        likelihood = (means.log() @ x.mT).view(K, STARTS, v, n)
         member = likelihood == likelihood.amax(2, keepdim=True)
         member = member.flatten(1, 2).float()              # (K, STARTS v, n)
-        parents = member @ x / member.sum(-1, keepdim=True).clamp(min=1)
-    likelihood = (parents.log() @ x.mT).view(K, STARTS, v, n)
+        means = member @ x / member.sum(-1, keepdim=True).clamp(min=1)
+    likelihood = (means.log() @ x.mT).view(K, STARTS, v, n)
     best = likelihood.amax(2).sum(-1).argmax(-1)           # (K,) the best start
     return likelihood[k[:, 0], best].argmax(1)             # (K, n)
 
@@ -308,8 +312,8 @@ def clustering_loss(codes, alike, separation, sparsity=0.0):
     alike = alike.float()
 
     # overlap: the chance that two symbols drawn from the codes are the same.
-    # chance = torch.where(alike, overlap + 0.01, 1.0001 - overlap), never 0; with its gradient
-    # it takes a quarter less time
+    # chance = torch.where(alike, overlap + 0.01, 1.0001 - overlap), never 0, in a form that is
+    # a quarter faster with its gradient
     chance = torch.addcmul(1.0001 - 0.9901 * alike, 2 * alike - 1, overlap)
     weight = separation + (1 - separation) * alike
     weight.diagonal(dim1=-2, dim2=-1).zero_()              # a tuple and itself are no pair
@@ -333,16 +337,16 @@ def losses(student, taught, draw, options):
         prediction.append(loss)
         gain.append(gained)
 
-        # a few tuples of each string are enough for the clustering loss
+        # two tuples of each string are enough for the clustering loss
         some = log_phi.detach().flatten(2)[run, chosen[:, l]].exp()    # (R, n, heads d)
         if options.target == "joint":
-            # a cousin's parent tells more than its elements: they weigh as much together
+            # a cousin's elements together weigh as much as its parent, which tells more
             elements = some.unflatten(-1, log_phi.shape[2:])[..., :-1, :]
             elements /= elements.shape[-2]                 # in place, a view of some
         phi.append(some)
         chosen_codes.append(codes[l + 1].flatten(1, 2)[run, chosen[:, l]])     # (R, n, d)
 
-    # a higher module predicts more raw tokens: zeros bring all phi to one width
+    # higher modules predict more raw tokens: all phi are padded with zeros to one width
     widest = phi[-1].shape[-1]
     phi = torch.stack([F.pad(some, (0, widest - some.shape[-1])) for some in phi], 1)
     chosen_codes = torch.stack(chosen_codes, 1)                        # (R, L-1, n, d)
@@ -353,7 +357,7 @@ def losses(student, taught, draw, options):
     else:
         alike = similar(phi, options.threshold, options.alike == "centred")
     clustering = clustering_loss(chosen_codes, alike, options.separation, options.sparsity)
-    # first predict, then cluster
+    # the gate: as long as phi predicts nothing, its groups are noise
     if options.gate:
         clustering = clustering * (torch.stack(gain, 1) / options.gate).clamp(0, 1)
     return torch.stack(prediction, 1), clustering
@@ -365,11 +369,11 @@ def losses(student, taught, draw, options):
 
 def draws(xs, s, L, options, generators, device):
     """Yields what every step draws, each run from its own CPU generator: strings (R, B, s^L);
-    chosen (R, L-1, 2 B) int64, for each module two different tuples of every string, as
-    places in the batch; noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
+    chosen (R, L-1, 2 B) int64, for each module two different tuples of every string, as indices
+    into all of the batch; noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
     B = options.batch
-    tuples = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])  # (L-1, 1) in a string
-    start = tuples * torch.arange(B)                       # (L-1, B), the first of each string
+    n = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])       # (L-1, 1) tuples a string
+    start = n * torch.arange(B)                            # (L-1, B), the first of each string
     while True:
         block = []
         for x, generator in zip(xs, generators):
@@ -380,8 +384,8 @@ def draws(xs, s, L, options, generators, device):
                 rows = torch.randint(len(x), (BLOCK, B), generator=generator)
                 strings = x[rows.to(x.device)]
             one, two = torch.rand(BLOCK, L - 1, B, 2, generator=generator).unbind(-1)
-            first = (one * tuples).long()                  # (BLOCK, L-1, B)
-            second = (first + 1 + (two * (tuples - 1)).long()) % tuples
+            first = (one * n).long()                       # (BLOCK, L-1, B)
+            second = (first + 1 + (two * (n - 1)).long()) % n
             chosen = torch.cat([start + first, start + second], -1)
             noise = torch.rand(BLOCK, L - 1, options.v, STARTS, TRIALS, generator=generator)
             block.append([part.to(device) for part in (strings, chosen, noise)])
@@ -399,17 +403,17 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
     student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     weights = list(student.parameters())
-    # not fused: that one rounds the last few weights of a tensor in another way
+    # not fused: fused AdamW rounds the last few weights of a tensor differently
     optimizer = torch.optim.AdamW(weights, options.lr, weight_decay=options.decay, foreach=True)
 
-    # a run that was killed goes on; ended: what has diverged, run -> (step, its weights)
+    # resume if there is a file; ended: {diverged run: (step, weights before it)}
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
     about = {"s": s, "depth": L, "seed": list(seeds), "device": device.type}
     checkpoint = Checkpoint(resume, parts, generators, xs, about | vars(options))
     done, ended = checkpoint.load()
 
-    random = draws(xs, s, L, options, generators, device)
-    for step, draw in zip(range(done + 1, steps + 1), random):
+    drawn = draws(xs, s, L, options, generators, device)
+    for step, draw in zip(range(done + 1, steps + 1), drawn):
         if options.schedule == "linear":
             optimizer.param_groups[0]["lr"] = options.lr * (1 - (step - 1) / steps)
 
@@ -441,7 +445,7 @@ def train(xs, s, L, seeds, steps, options, device, watch=None, resume=None):
                 old.mul_(options.ema).add_(new, alpha=1 - options.ema)
         if watch:
             watch(step, steps, student, prediction.detach())
-        # between two draws the generators' states say all about the steps to come
+        # only where a block ends do the generators' states determine all later steps
         if step == steps or step % BLOCK == 0:
             checkpoint.save(step, ended, step == steps)
 
@@ -467,16 +471,17 @@ def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, res
              **settings):
     """Train R runs of one size side by side. Returns a list of Predictor, one for each.
 
-    xs: for each run its strings, (P, s^L) integers of any kind, or a Grammar, for always
-    fresh strings; P may differ. settings: rows of SETTINGS, or preset. device: that of the
-    strings, if not given.
+    xs: for each run its strings, (P, s^L) integers of any dtype, or a Grammar that gives
+    always fresh ones; P may differ. settings: values by their names in SETTINGS, or preset.
+    device: by default the strings', or cpu.
     watch(step, steps, network, loss) is called after every step, with the Network of the runs
-    that train together and their prediction losses, (R, L-1). resume: a file, written every
-    minute and at the end; if it is there, the runs go on from it.
-    A run that diverges keeps the weights before that step. Raises ValueError, naming what."""
+    that train together and their prediction losses, (R, L-1). resume: a file, written at most
+    once a minute and at the end; if it exists, the runs go on from it. A run that diverges
+    keeps the weights it had before that step. Raises ValueError that begins with the wrong
+    argument's name."""
     xs, L, P, device = check_runs(xs, v, s, seeds, device)
     options = read_options(v, target, settings)
-    # of anyone's strings m is not known, and nothing is tested here
+    # m of given strings is unknown, so 2 stands in; nothing is tested here
     check_size(v, s, 2, L, P, target, **settings | {"test_strings": 1})
 
     # runs of equally many steps share one loop; Jacobian descent takes one run at a time
@@ -542,7 +547,7 @@ def check_size(v, s, m, L, P, target="latent", **settings):
 
 class Predictor:
     """What fit returns: a Network of one run, which learns no more.
-    diverged: the step whose loss was not finite, 0 if all were."""
+    diverged: the first step whose loss was not finite, or 0."""
 
     def __init__(self, network, v, target, diverged=0):
         self.network, self.v, self.target, self.diverged = network.eval(), v, target, diverged
@@ -595,13 +600,13 @@ def load(file):
 
 
 def score(learned, levels, truth):
-    """([accuracy], [symbols in use], below) of the levels 1..L of fresh strings.
+    """([accuracy], [symbols in use], below): lists over levels 1..L, measured on fresh strings.
 
-    levels, truth: of the training and of the fresh strings. Levels 1..L-1 are matched with the
-    codes; a symbol is in use if 1 in 1000 tuples has it. The root is read from the final code by
-    the paper's linear probe, trained on levels. below: the accuracy of that probe on level L-1,
-    node by node (fig. 3 right). With v m codes or more it can be 1 though no synonyms share one:
-    the probe itself learns each tuple's parent."""
+    levels: of the training strings; truth: of the fresh ones. Levels 1..L-1 are matched with the
+    codes; a symbol is in use if at least 1 in 1000 tuples has it. The root is read from the final
+    code by the paper's linear probe, fitted on levels. below: the accuracy of such a probe on
+    level L-1, node by node (fig. 3 right). With v m codes or more, below can be 1 although no
+    synonyms share a code, as the probe itself learns each tuple's parent."""
     right, in_use, v = [], [], learned.v
     (known,) = learned.codes(levels[0], lowest=learned.L - 1)
     codes = learned.codes(truth[0])
@@ -622,14 +627,14 @@ def score(learned, levels, truth):
 
 
 def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
-    """Runs of the sweep, side by side: [Score] of levels 1..L, one for each grammar, P and
-    seed, by score; the floor is that of the same network, untrained."""
+    """Train runs of the sweep side by side. Returns [Score] of levels 1..L, one for each grammar,
+    P and seed, measured by score(); the floor is what the untrained network gets."""
     v, s = grammars[0].v, grammars[0].s
     tested = read_options(v, target, settings).test_strings
     known = [g.sample(P, seed, device) for g, P, seed in zip(grammars, samples, seeds)]
     xs = [levels[0] for levels in known]
     learned = fit_many(xs, v, s, target, seeds, **settings)
-    # untrained: steps of no length, that show the batch norms the size of phi
+    # untrained: 10 steps at lr 0, in which the batch norms learn phi's mean and variance
     still = settings | {"lr": 0.0, "steps": 10}
     untrained = fit_many(xs, v, s, target, seeds, **still)
 
@@ -651,7 +656,7 @@ def main():
     add = parser.add_argument
     add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
     add_settings(parser, SETTINGS, PRESETS)
-    add("--trace", metavar="FILE.csv", type=out_file, help="write accuracy and loss by the step")
+    add("--trace", metavar="FILE.csv", type=out_file, help="write every measurement to this file")
     add("--save", metavar="FILE", type=out_file, help="write the weights, for predictor.load")
     add("--resume", metavar="FILE", type=out_file,
         help="go on from this file if it exists, and write the state of training to it")
@@ -668,7 +673,7 @@ def main():
 
     options = read_options(v, args.target, settings)
     if device == "cpu" and options.hidden <= 64:
-        # more threads gain nothing on matrices this small, and wait where others work
+        # on matrices this small more threads gain nothing and take cores from other processes
         torch.set_num_threads(1)
     levels = grammar.sample(P, args.seed, device)
     truth = grammar.sample(options.test_strings, (args.seed, 1), device)
