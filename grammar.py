@@ -574,7 +574,7 @@ def check_runs(xs, v, s, seeds, device=None):
             sizes.add((v, s, L))
         runs.append(x)
     if len(seeds) != len(xs) or not runs:
-        raise ValueError(f"seeds: must be one for each of the xs, not {len(seeds)} for {len(xs)}")
+        raise ValueError(f"seeds: must be as many as xs, and 1 or more, not {len(seeds)} for {len(xs)}")
     L = max(L for _, _, L in sizes)
     if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")

@@ -183,9 +183,9 @@ def first_rung(cell):
 
 
 @lru_cache(maxsize=None)
-def last_rung(cell, max_samples):
+def last_rung(cell, cap):
     """(P, reason): the highest rung that a ladder can have, below first_rung if it can have none,
-    and why no higher one."""
+    and why no higher one. cap: --max-samples."""
     method = read_method(cell.method)
     learner = method.learner
     highest, reason = 2**40, "beyond Pmax"
@@ -198,13 +198,13 @@ def last_rung(cell, max_samples):
             learner.check_size(*cell[1:5], P, method.target, **method.settings)
         except ValueError:
             return P // RUNG, "limited by memory"
-        if P > max_samples:
+        if P > cap:
             return P // RUNG, "beyond Pmax"
         P *= RUNG
     return P // RUNG, reason
 
 
-def climb(cell, rungs, max_samples):
+def climb(cell, rungs, cap):
     """Where one ladder stands. rungs: {P: Run} of its finished runs.
 
     Returns (climbed, P, end): the rungs that count, in order; the P to run next, or None at its
@@ -222,7 +222,7 @@ def climb(cell, rungs, max_samples):
         if is_network and best_before > 0.5 and max(accuracy[-PLATEAU:]) < best_before + RISE:
             return climbed, None, "limited by steps"
         P *= RUNG
-    last, reason = last_rung(cell, max_samples)
+    last, reason = last_rung(cell, cap)
     if P > last:
         return climbed, None, reason
     return climbed, P, "not finished"
