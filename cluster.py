@@ -26,7 +26,7 @@ These laws are measured by sweep.py; the table is in README.md.
 Time grows as P s^(L+1), for tokens L times that, plus k-means of v m contexts a level. Memory
 holds P s^L bytes of strings and, on level l, v m contexts. A context has s^2 (s-1) v numbers,
 for tokens s^l times as many, for the root s^(L-l-1) v. Joint has s (s-1) tables of (v m)^2
-instead. A sweep makes its runs one after the other.
+instead. Each process of a sweep makes one run at a time.
 """
 
 import torch
@@ -45,10 +45,10 @@ DENSE_TUPLES = 2**22    # up to this v^s a table gives a tuple's number, beyond 
 TARGETS = ("latent", "token", "root", "joint")
 SETTINGS = (  # name, type, default, the paper's value, help
     Setting("positions", choice("all", "cousins", "element"), "all", "cousins",
-            "all: every tuple position, with all its targets; cousins: one position, with "
-            "all its targets; element: one position, with one target"),
+            "all: every tuple position, with all target symbols beside it; cousins: one "
+            "position, with all of them; element: one position, with one of them"),
     Setting("restarts", whole(1, 2**12), 64, None, "starts of k-means; the best is kept"),
-    Setting("trials", whole(1, 2**8), 4, None, "k-means++ candidates for each first centre"),
+    Setting("trials", whole(1, 2**8), 4, None, "k-means++ candidates for every further centre"),
     Setting("starts", whole(1, 2**12), 16, None, "as restarts, but for target joint"),
     Setting("rounds", whole(1, 2**16), 30, None, "most rounds of k-means, and of relabelling"),
 )
@@ -338,7 +338,7 @@ def check_root(root, x, v):
 
 
 def check_size(v, s, m, L, P, target="latent", **settings):
-    """Raise ValueError, naming the argument, if a setting is wrong or needs too much memory."""
+    """Raise ValueError, naming the flag, unless one run works and fits into memory."""
     options = read_settings(SETTINGS, PRESETS, settings)
     check_target(target)
     check_memory("depth", 3 * strings_bytes(TEST_STRINGS, s, L), "the test strings")
@@ -369,7 +369,7 @@ def run(grammar, P, seed, target, device, settings):
     check_size(v, s, m, L, P, target, **settings)
     levels = grammar.sample(P, seed, device)
     x, root = levels[0], levels[L][:, 0]
-    del levels                                              # frees the hidden ones, half
+    del levels                                              # frees the hidden levels
     tree = fit(x, v, s, target, seed, root, **settings)
     truth = grammar.sample(TEST_STRINGS, (seed, 1), device)
     estimate = tree.label(truth[0])

@@ -1,15 +1,16 @@
 """
 Learner 3: data2vec, prediction of one's own latents without explicit levels, and its controls.
 
-    python data2vec.py --depth 3 --samples 2048                   half a minute, levels rise
+    python data2vec.py --depth 3 --samples 2048                   a minute, levels rise
     python data2vec.py --depth 3 --samples 2048 --target token    the control: predict raw tokens
     python data2vec.py --preset transformer                       the paper's kind of encoder
 
 A student sees a string with some tokens hidden. A teacher, the moving average of the student,
-sees the whole string. Maps are the features that an encoder outputs, layer by layer. At every
-hidden position linear heads predict, from the student's last map:
+sees the whole string. An encoder outputs maps of features: `tree` one for every level, from L-1
+down to the tokens, `transformer` one for every block. At every hidden position linear heads
+predict, from the student's last map:
   latent   the mean of the teacher's last K maps, each layer-normalised: data2vec;
-  stacked  each of these K maps, but from the student's own map of the same layer;
+  stacked  each of these K maps, but from the student's own map of the same level or block;
   several  each of these K maps, all from the student's last map;
   token    the hidden token, by cross-entropy: the control, whose target needs no teacher.
 The encoder `tree` knows which tokens stand under which node; `transformer` does not.
@@ -76,7 +77,7 @@ SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
     Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
     Setting("steps", whole(1), 5000, 262144, "optimiser steps; an online sweep: P / batch"),
     Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
-    Setting("mask", real(0, 1), 0.15, 0.15, "probability to hide a node; at least one a string"),
+    Setting("mask", real(0, 1), 0.15, 0.15, "probability of hiding a node; 1 or more per string"),
     Setting("mask_block", mask_block, 0, 0,
             "level of hidden nodes; top: depth-2; mixed: each string draws from 0..depth-2"),
     Setting("ema", real(0, 1), 0.97, 0.99, "EMA decay of the teacher, a step"),
@@ -369,8 +370,8 @@ class Network(nn.Module):
 
 def stream(seed, number, device="cpu"):
     """One of four independent generators of a seed: 0 draws weights, 1 picks strings, 2 hides
-    tokens, 3 drops out. Grammar.sample gets other seeds: seed for training strings, (seed, 1) for
-    the test, (seed, 2, step) online, (seed, 3) and (seed, 4, level) for fitting probes."""
+    tokens, 3 drops out. Grammar.sample has its own: it gets seed for training strings, (seed, 1)
+    for the test, (seed, 2, step) online, (seed, 3) and (seed, 4, level) for fitting probes."""
     return torch.Generator(device).manual_seed(4 * seed + number)
 
 

@@ -39,7 +39,7 @@ CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
 TEST_STRINGS = 4096   # fresh strings on which a score is measured
 RIDGE = 1e-3          # penalty of the linear probe, for features of size about 1
 MEMORY = 2**34        # bytes; work that would need more is refused before it starts
-SAVE_EVERY = 60       # seconds between two writes of a training's state
+SAVE_EVERY = 60       # seconds, at least, between two writes of a training's state
 
 
 # ----------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ class Grammar:
         (P, s^(L-l)): levels[0] are the strings, levels[L] the root labels.
 
         A seed gives the same strings on every device; a smaller P gives the first of them.
-        without: a level 1..L, whose symbols use rule 1 in place of rule 0: a probe of such
-        strings can be tested on synonyms that it has not seen."""
+        without: a level 1..L, whose symbols use rule 1 in place of rule 0: a probe fitted on
+        such strings can be tested on synonyms that it has not seen."""
         v, s, m, L = self.v, self.s, self.m, self.L
         check_whole("samples", P, 1)
         check_memory("samples", strings_bytes(P, s, L), "the strings")
@@ -186,8 +186,8 @@ class Grammar:
 
         kind "synonym": another rule of the same symbol; nothing from level l up changes.
         "generic": any other tuple, whose parent then stands at the node; nothing above it
-        changes. levels: what sample or parse returns. Returns new levels and the nodes, (P,)
-        int64; with the same seed these are the same for both kinds."""
+        changes, so that no rule may give the new string. levels: what sample or parse returns.
+        Returns new levels and the nodes, (P,) int64. A seed picks the same nodes for both kinds."""
         check_whole("l", l, 1, self.L)
         if kind not in ("synonym", "generic"):
             raise ValueError(f"kind: must be synonym or generic, not {kind!r:.20}")
@@ -367,7 +367,8 @@ def distance_of_contexts(joint, inner):
 
 
 def draw_other(rng, weight, old):
-    """Draw an index with probabilities weight for every entry of old, other than that entry."""
+    """For every entry of old draw an index with probabilities weight, again and again while it is
+    that entry: slow if one weight is nearly 1."""
     new = old.copy()
     while (same := np.flatnonzero(new == old)).size:
         new[same] = rng.choice(len(weight), len(same), p=weight)
@@ -574,7 +575,8 @@ def check_runs(xs, v, s, seeds, device=None):
             sizes.add((v, s, L))
         runs.append(x)
     if len(seeds) != len(xs) or not runs:
-        raise ValueError(f"seeds: must be as many as xs, and 1 or more, not {len(seeds)} for {len(xs)}")
+        counts = f"{len(seeds)} for {len(xs)}"
+        raise ValueError(f"seeds: must be as many as xs, and 1 or more, not {counts}")
     L = max(L for _, _, L in sizes)
     if sizes != {(v, s, L)}:
         raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
@@ -603,7 +605,7 @@ class Score(NamedTuple):
     accuracy: list      # a float for every level 1..L-1, one more if the root is reported
     collapsed: list     # a bool for each of these: fewer than v symbols are in use
     floor: list = None  # the accuracy before training, for each; None: not measured
-    diverged: int = 0   # the step at which the loss was not finite; 0 if there is none
+    diverged: int = 0   # the first step whose loss or gradient was not finite, or 0
 
 
 class Setting(NamedTuple):
@@ -835,8 +837,8 @@ class Checkpoint:
         raise ValueError(f"resume: {self.file} {reason}")
 
     def save(self, step, rest, last=False):
-        """Write the state after a step, every SAVE_EVERY seconds and after the last step.
-        rest: a dict of what else the loop needs to continue."""
+        """Write the state after a step if SAVE_EVERY seconds have passed since the last time, or
+        if it is the last step. rest: a dict of what else the loop needs to continue."""
         if self.file is None:
             return
         if last or time.monotonic() - self.written >= SAVE_EVERY:

@@ -10,8 +10,8 @@ The pictures, from CSV files alone. Each is written into the folder of its files
   samples_vs_depth.png   P* against depth: line style and marker show the learner, the colour its
                          target; P* of the root has its own panel
   methods.png            if a size has one depth and there is no collapse.png: P* of all methods
-  collapse.png           for a method with several m, at its largest such depth: accuracy of L-1
-                         against P, P/(v m^3) and P over another law (the paper's figures 3, 11)
+  collapse.png           for a method with several m, at its largest such depth: accuracy of level
+                         L-1 against P, P/(v m^3) and P over another law (figures 3 and 11)
   phases.png             when each level rises while a network is trained, and from how many
                          strings if the traces are of several P (the paper's figures 5, 10, 13)
   contrast.png           how far apart parents' contexts are on each level, for each target
@@ -390,7 +390,7 @@ def draw_depth(tables):
 
 
 def draw_methods(tables):
-    """The figure of methods.png: P* of every method at a size of one depth, a row for each
+    """The figure of methods.png: P* of every method at a size of one depth, a line for each
     learner and its settings, a colour for each target. None if there is no such size, or if
     collapse.png is drawn."""
     if collapse_groups(tables["runs"]):

@@ -60,9 +60,11 @@ SETTINGS = (  # name, type, default, the paper's value, help
     Setting("combine", choice("sum", "upgrad"), "sum", "upgrad",
             "sum of the losses, or upgrad: Jacobian descent by the package torchjd"),
     Setting("elements", choice("all", "one"), "all", "all",
-            "predict every element of every cousin, or one of one cousin, from one position"),
+            "all: every element of every cousin is predicted, from every position; one: one "
+            "element of one cousin, from one position"),
     Setting("alike", choice("groups", "threshold", "centred"), "groups", "threshold",
-            "pairs pulled to one code: same k-means group, or S_ij of (centred) phi > threshold"),
+            "pairs pulled to one code: groups: of one k-means group; threshold: with "
+            "(1 + cos)/2 of phi above --threshold; centred: the same, of phi minus its mean"),
     Setting("threshold", real(0, 1), 0.8, 0.8, "S_m: pairs above it are alike; not for groups"),
     Setting("separation", real(0, 100), 1.0, 0.5, "weight of pushing unlike tuples' codes apart"),
     Setting("sparsity", real(0, 100), 0.0, 0.01, "weight of the entropy of a code"),
@@ -370,7 +372,7 @@ def losses(student, taught, draw, options):
 def draws(xs, s, L, options, generators, device):
     """Yields what every step draws, each run from its own CPU generator: strings (R, B, s^L);
     chosen (R, L-1, 2 B) int64, for each module two different tuples of every string, as indices
-    into all of the batch; noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
+    of the batch's N tuples; noise (R, L-1, v, STARTS, TRIALS), uniform numbers for k-means."""
     B = options.batch
     n = torch.tensor([[s ** (L - 1 - l)] for l in range(L - 1)])       # (L-1, 1) tuples a string
     start = n * torch.arange(B)                            # (L-1, B), the first of each string
@@ -600,7 +602,7 @@ def load(file):
 
 
 def score(learned, levels, truth):
-    """([accuracy], [symbols in use], below): lists over levels 1..L, measured on fresh strings.
+    """([accuracy], [symbols in use], below) on fresh strings: two lists over levels 1..L, a number.
 
     levels: of the training strings; truth: of the fresh ones. Levels 1..L-1 are matched with the
     codes; a symbol is in use if at least 1 in 1000 tuples has it. The root is read from the final

@@ -20,8 +20,8 @@ twice the last. One seed is one fresh grammar and one fresh sample. A ladder end
     string fewer than 8 times; or when level L-1 is above 0.5 and three more rungs have not
     raised its best accuracy by 0.05.
 P50, the P* of the tables, is the smallest P from which the accuracy is 0.5 or more on two
-rungs in a row, interpolated in log P; P90 is the same for 0.9. Higher rungs do not change
-them. The tables have the geometric mean over seeds.
+rungs in a row, interpolated in log P; P90 is the same for 0.9. Once found, neither is changed
+by higher rungs. The tables have the geometric mean over seeds.
 
 It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
 (samples_vs_depth.csv, .md), pictures and, in settings.json, the defaults of all learners.
@@ -377,7 +377,7 @@ def cell_text(row, part, is_long):
 
 
 def size_table(size, rows, is_long):
-    """The Markdown table of one size: a line for level L-1 of every method, then one for its root.
+    """The Markdown table of one size: level L-1 of all methods, a line each, then all their roots.
     The column growth has the factor of P* per level and the depths that it covers. They begin at
     L = 3: in a tree of depth 2 the only grandparent is the root."""
     depths = sorted({row["L"] for row in rows})
@@ -406,7 +406,7 @@ def size_table(size, rows, is_long):
 
 
 def tables(rows, is_long):
-    """All printed tables as one text; is_long adds intervals and the exponent of m in P*."""
+    """All tables as one text, to print; is_long, for the file: also intervals and powers of m."""
     sizes, over_m, notes = {}, {}, set()
     for row in rows:
         size = "v={v} s={s} m={m} zipf={zipf:g}".format(**row).removesuffix(" zipf=0")
@@ -851,7 +851,7 @@ def cells_from_flags(args):
 
 
 def draw(out):
-    """Draw the pictures if that works; the sweep goes on if it fails. Returns lines to print."""
+    """Draw the pictures; if that fails, the sweep does not. Returns lines to print."""
     try:
         import plot  # here, since nothing else needs matplotlib
 
