@@ -648,9 +648,11 @@ def add_settings(parser, table, presets):
         flag = "--" + row.name.replace("_", "-")
         paper = "" if row.paper is None else f"; the paper: {row.paper}"
         text = f"{row.help} (default {row.default}{paper})"
+        words = getattr(row.kind, "words", None)
+        metavar = "{" + ",".join(words) + "}" if words else None
         # a switch without a value is true
         bare = {"nargs": "?", "const": True} if row.kind is switch else {}
-        parser.add_argument(flag, type=row.kind, help=text, **bare)
+        parser.add_argument(flag, type=row.kind, metavar=metavar, help=text, **bare)
 
 
 def given_settings(table, args):
@@ -685,7 +687,9 @@ def whole(low, high=2**31 - 1):
 
 
 def choice(*words):
-    return option(str, lambda word: word in words, f"one of {', '.join(words)}")
+    kind = option(str, lambda word: word in words, f"one of {', '.join(words)}")
+    kind.words = words                      # for --help
+    return kind
 
 
 def can_be_written(path):
