@@ -66,7 +66,7 @@ def aligned(size):
 
 
 SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
-    Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "told the tree or not"),
+    Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "is the tree known?"),
     Setting("width", eights, 32, 2048, "d, features of a position or node"),
     Setting("hidden", eights, 64, 8192, "hidden units of the two-layer networks"),
     Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
