@@ -593,8 +593,9 @@ def sweep(cells, folder, cap, device, jobs, write_tables, rank=0, size=1):
                     cell, _ = running.pop(future)
                     found = future.result()
                     folder.append(cell, found)
-                    left[cell] = expect(cell)
-                    report(cell, found, folder.runs, is_done=left[cell] == 0)
+                    before, left[cell] = left[cell], expect(cell)
+                    # batches that climbed ahead may end later than their cell
+                    report(cell, found, folder.runs, is_done=left[cell] == 0 < before)
                 # tables are made from all files, others' too: let that be 5 % of the time
                 if rank == 0 and time.monotonic() > due:
                     start = time.monotonic()
