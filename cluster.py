@@ -246,7 +246,7 @@ def cluster_pairs(tables, v, rng, starts=16, trials=4, rounds=30):
     U, S, _ = torch.linalg.svd(wide, full_matrices=False)
     # only the direction counts: the length says how often a tuple came
     X = F.normalize(U[:, : v - 1] * S[: v - 1])
-    labels, _ = kmeans(X, v, rng, starts, trials, rounds)    # (starts, K)
+    labels, _ = kmeans(X, v, rng, starts, trials, rounds)   # (starts, K)
     for _ in range(rounds):
         member = F.one_hot(labels, v).to(tables)            # (starts, K, v)
         # counts of (tuple, its cousin's label) and (label, its cousin's label); 0.1: no log 0
