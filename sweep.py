@@ -500,8 +500,7 @@ def next_batch(units, runs, cap, running, idle):
 
 
 def seconds_left(cell, seeds, runs, cap):
-    """A guess at the seconds that these ladders still need: the rungs to come, each as long as the
-    mean of their finished runs."""
+    """A guess at the seconds that these ladders still need for the rungs to come."""
     ladders = [runs.get((cell, seed), {}) for seed in seeds]
     climbs = [climb(cell, rungs, cap) for rungs in ladders]
     # they are expected to end where the highest ended, or else at 8 times a rough P*
@@ -509,10 +508,23 @@ def seconds_left(cell, seeds, runs, cap):
     is_steep = LAW.get(read_method(cell.method).target) == "m"
     rough = cell.v * cell.m ** (cell.L + 1 if is_steep else 3)
     end = min(max(ends, default=8 * rough), last_rung(cell, cap)[0])
-    to_come = sum(1 + max(0, int(math.log2(end / P))) for _, P, _ in climbs if P)
-    times = [run.seconds for rungs in ladders for run in rungs.values()]
-    guess = learner_of(cell).seconds * cell.s**cell.L
-    return to_come * (np.mean(times) if times else guess)
+    to_come = []
+    for _, P, _ in climbs:
+        if P:
+            n_rungs = 1 + max(0, int(math.log2(end / P)))
+            to_come += [P * RUNG**i for i in range(n_rungs)]
+
+    finished = [(P, run.seconds) for rungs in ladders for P, run in rungs.items()]
+    if not finished:
+        return len(to_come) * learner_of(cell).seconds * cell.s**cell.L
+    # clustering and online training take longer with more strings: a power law of P through the
+    # four highest rungs. It may fall by chance, so no rung is to take less than the mean
+    sizes, seconds = np.array(finished).T
+    high = sizes >= sizes.max() / RUNG**3
+    logs = np.log(sizes[high]), np.log(seconds[high].clip(min=1e-3))
+    power_law = np.polyfit(*logs, 1 if sizes.min() < sizes.max() else 0)
+    expected = np.exp(np.polyval(power_law, np.log(to_come)))
+    return expected.clip(min=seconds.mean()).sum()
 
 
 def units_of(cells, cap, rank, size):

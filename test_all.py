@@ -1871,10 +1871,18 @@ def test_the_time_left_counts_the_rungs_that_are_expected():
     assert sweep.seconds_left(deep, (0,), {}, 2**20) == pytest.approx(14 * tokens * 4)
     # one has ended at 64: the others are expected to, with the half second of its rungs
     ended = {(CELL, 0): a_ladder([0.2, 0.5, 0.9, 1.0, 1.0])}
-    assert sweep.seconds_left(CELL, (0, 1), ended, 2**20) == 5 * 0.5
+    assert sweep.seconds_left(CELL, (0, 1), ended, 2**20) == pytest.approx(5 * 0.5)
     beyond = ended | {(CELL, 1): a_ladder([0.2] * 7)}  # but for one that has not, one rung more
-    assert sweep.seconds_left(CELL, (0, 1), beyond, 2**20) == 0.5
+    assert sweep.seconds_left(CELL, (0, 1), beyond, 2**20) == pytest.approx(0.5)
     assert sweep.seconds_left(CELL, (0,), ended, 2**20) == 0
+
+
+def test_the_time_left_follows_how_long_the_highest_rungs_took():
+    ladder = a_ladder([0.2] * 7)            # P = 4 to 256; one rung is left under a cap of 512
+    for power, last in ((0.5, 512**0.5), (-0.5, np.mean([P**-0.5 for P in ladder]))):
+        timed = {P: run._replace(seconds=P**power) for P, run in ladder.items()}
+        left = sweep.seconds_left(CELL, (0,), {(CELL, 0): timed}, 512)
+        assert left == pytest.approx(last), power   # where times fall, the mean is expected
 
 
 def test_the_bar_moves_while_this_process_is_at_work(capsys):
