@@ -522,7 +522,7 @@ def seconds_left(cell, seeds, runs, cap):
     sizes, seconds = np.array(finished).T
     high = sizes >= sizes.max() / RUNG**3
     logs = np.log(sizes[high]), np.log(seconds[high].clip(min=1e-3))
-    power_law = np.polyfit(*logs, 1 if sizes.min() < sizes.max() else 0)
+    power_law = np.polyfit(*logs, 1 if len(set(sizes[high])) > 1 else 0)
     expected = np.exp(np.polyval(power_law, np.log(to_come)))
     return expected.clip(min=seconds.mean()).sum()
 
