@@ -520,11 +520,13 @@ def seconds_left(cell, seeds, runs, cap):
     # clustering and online training take longer with more strings: a power law of P through the
     # four highest rungs. It may fall by chance, so no rung is to take less than the mean
     sizes, seconds = np.array(finished).T
+    seconds = seconds.clip(min=1e-3)
+    mean = seconds.mean()
     high = sizes >= sizes.max() / RUNG**3
-    logs = np.log(sizes[high]), np.log(seconds[high].clip(min=1e-3))
-    power_law = np.polyfit(*logs, 1 if len(set(sizes[high])) > 1 else 0)
-    expected = np.exp(np.polyval(power_law, np.log(to_come)))
-    return expected.clip(min=seconds.mean()).sum()
+    degree = 1 if len(set(sizes[high])) > 1 else 0
+    power_law = np.polyfit(np.log(sizes[high]), np.log(seconds[high] / mean), degree)
+    times_mean = np.exp(np.polyval(power_law, np.log(to_come)))
+    return mean * times_mean.clip(min=1).sum()
 
 
 def units_of(cells, cap, rank, size):
