@@ -14,16 +14,13 @@ predict, from the student's last map:
   several  each of these K maps, all from the student's last map;
   token    the hidden token, by cross-entropy: the control, whose target needs no teacher.
 The encoder `tree` knows which tokens stand under which node; `transformer` does not.
-
-A step of one small network is mostly overhead, so R runs are trained side by side: every weight
-has a leading dimension R. With T = s^L tokens, batch B and width d, a step takes time
-~ R B T d (d + hidden) and memory ~ R B T (d + hidden). In a transformer each layer takes as much,
-and its attention adds time ~ R B T^2 d and memory ~ R B T^2 heads. P strings are P T bytes.
 """
 
+import copy
+import operator
 import os
 import sys
-from copy import deepcopy
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -35,73 +32,71 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Checkpoint, Grammar, Parser, Score, Setting, add_grammar_flags, add_settings,
-    as_strings, check_files, check_memory, check_runs, choice,
-    given_settings, grammar_from_flags, linear_probe, open_trace, option, out_file, paper_preset,
-    pick_device, read_settings, real, run_script, switch, tuple_codes, whole, write_whole,
+    TEST_STRINGS, Grammar, Settings, as_strings, check_range, checksum, linear_probe, load_network,
+    load_state, open_trace, ranks, read_flags, run, save_network, save_state, setting,
+    step_generator, tuple_codes,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
-ADAM_BETAS = (0.9, 0.98)        # the paper's, and so are the next two
-CLIP = 1.0                      # largest norm of a gradient
-SMOOTH_L1_BETA = 4.0            # errors above it count linearly
-PIECE = 512                     # strings encoded at a time when measuring
-DRAWN = 100                     # steps whose strings and masks are drawn at once, at most
-# settings for check_size where nothing is measured
-NO_MEASURE = {"test_strings": 1, "probe_strings": 1}
-
-MASK_WORDS = "top", "mixed"     # in place of a level
-mask_block = option(
-    lambda text: text if text in MASK_WORDS else int(text),
-    lambda block: block in (*MASK_WORDS, *range(25)), "a level, top or mixed",
-)
-# the last bits of a matrix product depend on how its memory is aligned: with multiples of 8
-# every run is aligned alike, whatever R
-eights = option(int, lambda n: n in range(8, 2**16 + 1, 8), "a multiple of 8 up to 65536")
+SEEDS = 3                   # of a cell of a sweep
+PROBE_STRINGS = 2048        # strings on which probes are fitted
+PROBE_STEPS = 2000          # of the MLP probe, as in the paper
+PIECE = 512                 # strings encoded at a time when measuring
+BLOCK = 100                 # steps whose fresh strings are drawn at once
 
 
-def aligned(size):
-    """size, rounded up to a multiple of 8."""
-    return -(-size // 8) * 8
+@dataclass
+class Config(Settings):
+    encoder: str = setting("tree", "tree or transformer: is the tree known?", "transformer")
+    width: int = setting(32, "d, features of a position or node", 2048)
+    hidden: int = setting(64, "hidden units of the two-layer networks", 8192)
+    layers: int = setting(3, "blocks of the transformer", 8)
+    heads: int = setting(4, "heads of the transformer's attention", 32)
+    dropout: float = setting(0.0, "of the transformer", 0.1, (0, 0.9))
+    average_top_k: int = setting(3, "K, how many of the last maps are the target", 4, (1, 100))
+    online: bool = setting(False, "always fresh strings instead of P fixed ones", True)
+    steps: int = setting(5000, "optimiser steps; an online sweep: P / batch", 262144, (1, 10**9))
+    batch: int = setting(64, "strings a step", 512, (1, 2**20))
+    mask: float = setting(0.15, "chance of hiding a node; 1 or more per string", 0.15, (0, 1))
+    mask_block: str = setting(
+        "0", "level of hidden nodes; top: L-2; mixed: each string draws from 0..L-2", "0")
+    ema_decay: float = setting(0.97, "of the teacher, a step", 0.99, (0, 1))
+    lr: float = setting(4e-3, "learning rate of AdamW", 1e-4)
+    weight_decay: float = setting(0.3, "of AdamW, on matrices and embeddings", 0.01)
+    warmup: int = setting(100, "steps in which the learning rate rises", 1, (1, 10**9))
+    cooldown: float = setting(0.2, "share of steps, at the end, in which it falls", 0.0, (0, 1))
+
+    PRESETS = {
+        "transformer": {"encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
+                        "steps": 8000, "lr": 3e-3, "weight_decay": 0.2, "mask": 0.3,
+                        "mask_block": "mixed"},
+    }
+
+    def sized(self, v, s, m, L):
+        """Itself, or a ValueError that names what doesn't fit these sizes."""
+        check_range("m", m, 2, m)                           # a single rule has no synonym
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder: must be {' or '.join(ENCODERS)}, not {self.encoder}")
+        if self.mask_block not in ("top", "mixed", *map(str, range(L))):
+            raise ValueError(f"mask_block: must be top, mixed or from 0 to {L - 1}")
+        if self.encoder == "transformer" and self.width % self.heads:
+            raise ValueError(f"width: must be a multiple of heads = {self.heads}")
+        return self
 
 
-SETTINGS = (  # name, type, default (the tree preset), the paper's value, help
-    Setting("encoder", choice("tree", "transformer"), "tree", "transformer", "is the tree known?"),
-    Setting("width", eights, 32, 2048, "d, features of a position or node"),
-    Setting("hidden", eights, 64, 8192, "hidden units of the two-layer networks"),
-    Setting("layers", whole(1, 100), 3, 8, "blocks of the transformer"),
-    Setting("heads", whole(1, 256), 4, 32, "heads of the transformer's attention"),
-    Setting("attention_bias", switch, False, False, "transformer: learned T x T bias per head"),
-    Setting("dropout", real(0, 0.9), 0.0, 0.1, "transformer: rate on both residual branches"),
-    Setting("top", whole(1, 100), 3, 4, "K, how many of the last maps are the target"),
-    Setting("online", switch, False, True, "always fresh strings instead of P fixed ones"),
-    Setting("steps", whole(1), 5000, 262144, "optimiser steps; an online sweep: P / batch"),
-    Setting("batch", whole(1, 2**20), 64, 512, "strings a step"),
-    Setting("mask", real(0, 1), 0.15, 0.15, "probability of hiding a node; 1 or more per string"),
-    Setting("mask_block", mask_block, 0, 0,
-            "level of hidden nodes; top: depth-2; mixed: each string draws from 0..depth-2"),
-    Setting("ema", real(0, 1), 0.97, 0.99, "EMA decay of the teacher, a step"),
-    Setting("lr", real(0, 1), 4e-3, 1e-4, "learning rate of AdamW"),
-    Setting("decay", real(0, 10), 0.3, 0.01, "weight decay of AdamW, on matrices and embeddings"),
-    Setting("warmup", whole(1), 100, 1, "steps over which the learning rate rises"),
-    Setting("cooldown", real(0, 1), 0.2, 0.0, "share of steps, at the end, in which lr falls to 0"),
-    Setting("bfloat16", switch, False, None, "products in bfloat16, by autocast"),
-    Setting("compile", switch, False, None, "torch.compile, which needs a compiler"),
-    Setting("probes", whole(0), 20, None, "number of measurements while the script trains"),
-    Setting("probe_steps", whole(1), 2000, 2000, "steps of the MLP probe of the root"),
-    Setting("probe_strings", whole(1, 2**20), 2048, None, "strings a probe is fitted on"),
-    Setting("test_strings", whole(1, 2**20), TEST_STRINGS, None, "strings a score is taken on"),
-)
-PRESETS = {
-    "tree": {},
-    "transformer": {"encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
-                    "steps": 8000, "lr": 3e-3, "decay": 0.2, "mask": 0.3, "mask_block": "mixed"},
-    "paper": paper_preset(SETTINGS),
-}
+def lowest(v, s, m):
+    """Where a sweep begins."""
+    return v * m**3
+
+
+def highest(v, config):
+    """Where it ends: a training must see each string 8 times; online it has the steps for any P."""
+    return 2**40 if config.online else config.steps * config.batch // 8
 
 
 # ----------------------------------------------------------------------------------------
-# modules: R of each side by side, one for every run
+# two encoders: tokens (B, T), v for a hidden one -> a list of maps (B, n, d), layer-normalised.
+# A third one, of any modules, needs a name in ENCODERS
 
 
 def layer_norm(h):
@@ -110,172 +105,61 @@ def layer_norm(h):
 
 
 def pool(h, nodes):
-    """Bring a map (..., n, d) to another number of nodes, (..., nodes, d): each gets the mean
-    of the nodes beneath it, or a copy of the node above it."""
-    n = h.shape[-2]
+    """Bring a map (B, n, d) to another number of nodes, (B, nodes, d): each gets the mean of
+    the nodes beneath it, or a copy of the node above it."""
+    n = h.shape[1]
     if n > nodes:
-        return h.unflatten(-2, (nodes, n // nodes)).mean(-2)
-    return h.repeat_interleave(nodes // n, -2)
-
-
-def look_up(table, x):
-    """Rows of R tables: (R, ids, d) and x, (R, B, T) -> (R, B, T, d)."""
-    R, ids, _ = table.shape
-    # all tables in one, that of run r from row r * ids on
-    first = torch.arange(R, device=x.device).view(R, 1, 1) * ids
-    return F.embedding(x + first, table.flatten(0, 1))
-
-
-class Linear(nn.Module):
-    """R linear maps, (R, ..., inputs) -> (R, ..., outputs)."""
-
-    def __init__(self, R, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(R, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(R, 1, outputs))
-
-    def forward(self, h):
-        flat = h.flatten(1, -2)                                 # (R, n, inputs)
-        out = torch.baddbmm(self.bias, flat, self.weight)       # (R, n, outputs)
-        return out.view(*h.shape[:-1], -1)
-
-
-class LayerNorm(nn.Module):
-    """R layer normalisations with gain and bias: (R, B, T, d) -> (R, B, T, d)."""
-
-    def __init__(self, R, d):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(R, 1, 1, d))
-        self.bias = nn.Parameter(torch.zeros(R, 1, 1, d))
-
-    def forward(self, h):
-        return torch.addcmul(self.bias, layer_norm(h), self.gain)
-
-
-class TwoLayers(nn.Module):
-    """R networks with one hidden layer."""
-
-    def __init__(self, R, inputs, hidden, outputs):
-        super().__init__()
-        self.first = Linear(R, inputs, hidden)
-        self.second = Linear(R, hidden, outputs)
-
-    def forward(self, h):
-        return self.second(F.gelu(self.first(h)))
-
-
-def initialise(module, randoms):
-    """Draw the weights of every run from its own CPU generator: they don't depend on R."""
-    for r, random in enumerate(randoms):
-        for name, w in module.named_parameters():
-            if name.endswith("weight"):
-                nn.init.xavier_normal_(w.data[r], generator=random)
-            elif name.endswith(("embed", "position")):
-                # 0.02, usual in language models, does not learn at this size
-                nn.init.normal_(w.data[r], std=1.0, generator=random)
-    return module
-
-
-# ----------------------------------------------------------------------------------------
-# two encoders: tokens (R, B, T), v for a hidden one -> a list of maps, layer-normalised
-#
-# A third one needs a name in SETTINGS and ENCODERS, and n_maps, how many maps it makes. Every
-# parameter has R first; initialise draws those named weight, embed or position.
+        return h.unflatten(1, (nodes, n // nodes)).mean(2)
+    return h.repeat_interleave(nodes // n, 1)
 
 
 class TreeEncoder(nn.Module):
     """A U-Net on the s-ary tree; nodes of a level share one network up and one down.
-    The maps are those of the way down: (R, B, s^(L-l), d) for level l, from L-1 to 0."""
+    The maps are those of the way down: (B, s^(L-l), d) for level l, from L-1 to 0."""
 
-    def __init__(self, R, v, s, L, options):
+    def __init__(self, v, s, L, config):
         super().__init__()
-        d, hidden = options.width, options.hidden
-        self.n_maps = L
-        self.inputs = s * d  # features of siblings, one after the other
-        self.embed = nn.Parameter(torch.empty(R, v + 1, d))
-        self.up = nn.ModuleList(TwoLayers(R, s * d, hidden, d) for _ in range(L))
-        self.down = nn.ModuleList(TwoLayers(R, (s + 1) * d, hidden, s * d) for _ in range(L))
+        d, hidden, self.siblings = config.width, config.hidden, s * config.width
+        self.embed = nn.Embedding(v + 1, d)
+
+        def two_layers(inputs, outputs):
+            return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+        self.up = nn.ModuleList(two_layers(s * d, d) for _ in range(L))
+        self.down = nn.ModuleList(two_layers((s + 1) * d, s * d) for _ in range(L))
 
     def forward(self, x):
-        family = *x.shape[:2], -1, self.inputs                  # (R, B, parents, s d)
-        # the few rows of the table are normalised instead of every token
-        up = [look_up(layer_norm(self.embed), x)]               # (R, B, T, d)
-
-        # up: what stands under a node, from its children
+        # up: what stands under a node, from its children, one after the other
+        up = [layer_norm(self.embed(x))]                        # (B, T, d)
         for net in self.up:
-            up.append(layer_norm(net(up[-1].view(family))))     # (R, B, s^(L-l), d)
-        context = up.pop()                                      # (R, B, 1, d), the root
+            children = up[-1].view(len(x), -1, self.siblings)   # (B, parents, s d)
+            up.append(layer_norm(net(children)))                # (B, s^(L-l), d)
+        context = up.pop()                                      # (B, 1, d), the root
 
         # down: also what stands around a node, from its siblings and its parent's context
         maps = []
         for h, net in zip(reversed(up), reversed(self.down)):
-            around = torch.cat([h.view(family), context], -1)   # (R, B, s^(L-l-1), (s+1) d)
-            change = net(around)                                # (R, B, s^(L-l-1), s d)
+            children = h.view(len(x), -1, self.siblings)
+            change = net(torch.cat([children, context], -1))    # (B, parents, s d)
             context = layer_norm(h + change.view_as(h))
             maps.append(context)
         return maps
 
 
-class Dropout(nn.Module):
-    """Every run draws from its own generator, for its whole batch. own: the slice of the batch
-    that this process has."""
-
-    def __init__(self, rate, batch, randoms, own):
-        super().__init__()
-        self.rate, self.batch, self.randoms, self.own = rate, batch, randoms, own
-
-    def forward(self, h):
-        size = self.batch, *h.shape[2:]
-        draws = [torch.rand(size, generator=random, device=h.device) for random in self.randoms]
-        return h * (torch.stack(draws)[:, self.own] >= self.rate) / (1 - self.rate)
-
-
-class Block(nn.Module):
-    """Pre-LN attention and feed-forward network, each on a residual branch."""
-
-    def __init__(self, R, T, options):
-        super().__init__()
-        d, self.heads = options.width, options.heads
-        self.norm1, self.norm2 = LayerNorm(R, d), LayerNorm(R, d)
-        self.qkv, self.out = Linear(R, d, 3 * d), Linear(R, d, d)
-        self.ffn = TwoLayers(R, d, options.hidden, d)
-        self.drop = nn.Identity()       # train gives a student Dropout
-        self.bias = None
-        if options.attention_bias:
-            self.bias = nn.Parameter(torch.zeros(R, 1, self.heads, T, T))
-
-    def attend(self, h):
-        """(R, B, T, d) -> (R, B, T, d): every position mixes what all positions hold."""
-        R, B, T, d = h.shape
-        # one batch of small matrices, for all runs, strings and heads
-        qkv = self.qkv(h).view(R, B, T, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.reshape(3, R * B * self.heads, T, -1)
-        scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)       # (R B heads, T, T)
-        if self.bias is not None:
-            scores = scores.view(R, B, self.heads, T, T) + self.bias
-            scores = scores.view(-1, T, T)
-        mixed = torch.bmm(scores.softmax(-1), v)                # (R B heads, T, .)
-        mixed = mixed.view(R, B, self.heads, T, -1).transpose(2, 3)
-        return self.out(mixed.flatten(3))
-
-    def forward(self, h):
-        h = h + self.drop(self.attend(self.norm1(h)))
-        return h + self.drop(self.ffn(self.norm2(h)))
-
-
 class Transformer(nn.Module):
-    """The paper's kind of encoder; its maps are the residual stream after every block."""
+    """The paper's kind of encoder, pre-LN; its maps are the residual stream after every block."""
 
-    def __init__(self, R, v, s, L, options):
+    def __init__(self, v, s, L, config):
         super().__init__()
-        T, d, self.n_maps = s**L, options.width, options.layers
-        self.embed = nn.Parameter(torch.empty(R, v + 1, d))
-        self.position = nn.Parameter(torch.empty(R, T, d))
-        self.blocks = nn.ModuleList(Block(R, T, options) for _ in range(options.layers))
+        d = config.width
+        self.embed, self.position = nn.Embedding(v + 1, d), nn.Embedding(s**L, d)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(d, config.heads, config.hidden, config.dropout, "gelu",
+                                       batch_first=True, norm_first=True)
+            for _ in range(config.layers))
 
     def forward(self, x):
-        h = look_up(self.embed, x) + self.position[:, None]     # (R, B, T, d)
-        maps = []
+        h, maps = self.embed(x) + self.position.weight, []      # (B, T, d)
         for block in self.blocks:
             h = block(h)
             maps.append(layer_norm(h))
@@ -285,709 +169,420 @@ class Transformer(nn.Module):
 ENCODERS = {"tree": TreeEncoder, "transformer": Transformer}
 
 
-# ----------------------------------------------------------------------------------------
-# what is hidden, how far a prediction is off, and the student
+# ---- student or teacher, and the loss --------------------------------------------------
 
 
-def draw_mask(B, L, s, rate, block, random):
-    """(B, s^L) bool on the generator's device, True where a token is hidden.
+class Data2vec(nn.Module):
+    """An encoder, and the linear heads that predict from its maps; what fit returns."""
 
-    Every node of level block is hidden with probability rate, with all tokens beneath it, and
-    one in every string for certain. top: level L-2; mixed: strings draw theirs from 0..L-2."""
-    levels = {"mixed": range(L - 1), "top": [L - 2]}.get(block, [block])
-    masks = []
-    for level in levels:
-        draw = torch.rand(B, s ** (L - level), generator=random, device=random.device)
-        certain = draw == draw.min(1, keepdim=True).values
-        masks.append((certain | (draw < rate)).repeat_interleave(s**level, 1))
-    # every string picks one of the levels that it may have
-    pick = torch.randint(len(masks), (B,), generator=random, device=random.device)
-    return torch.stack(masks)[pick, torch.arange(B, device=random.device)]
-
-
-def smooth_l1(prediction, goal):
-    """Two (R, B, T, d) -> (R, B, T), the mean over features."""
-    return F.smooth_l1_loss(prediction, goal, reduction="none", beta=SMOOTH_L1_BETA).mean(-1)
-
-
-def cross_entropy(scores, tokens):
-    """Scores (..., v) and tokens (...) -> (...)."""
-    error = F.cross_entropy(scores.flatten(0, -2), tokens.flatten(), reduction="none")
-    return error.view(tokens.shape)
-
-
-def goal(target, x, maps):
-    """What is the target? One goal for each head: tokens (R, B, T), or features (R, B, T, d).
-
-    x: whole strings, (R, B, T); maps: the teacher's last K maps of them, [] for target token."""
-    if target == "token":
-        return [x]
-    maps = [pool(h, x.shape[2]) for h in maps]                  # each (R, B, T, d)
-    if target == "latent":
-        return [sum(maps) / len(maps)]
-    return maps                                                 # stacked, several
-
-
-class Network(nn.Module):
-    """R students: an encoder, and the linear heads that predict from its maps."""
-
-    def __init__(self, R, v, s, L, target, options):
+    def __init__(self, v, s, L, target, config):
         super().__init__()
-        self.v, self.s, self.L, self.target, self.options = v, s, L, target, options
-        d = options.width
-        self.encoder = ENCODERS[options.encoder](R, v, s, L, options)
-        self.K = min(options.top, self.encoder.n_maps)
-        heads = self.K if target in ("stacked", "several") else 1
-        outputs = aligned(v) if target == "token" else d
-        self.heads = nn.ModuleList(Linear(R, d, outputs) for _ in range(heads))
+        if target not in TARGETS:
+            raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
+        self.v, self.s, self.L, self.target, self.config = v, s, L, target, config
+        self.encoder = ENCODERS[config.encoder](v, s, L, config)
+        with torch.no_grad():
+            n_maps = len(self.encoder(torch.zeros(1, s**L, dtype=torch.long)))
+        self.K = min(config.average_top_k, n_maps)
+        n_heads = self.K if target in ("stacked", "several") else 1
+        outputs = v if target == "token" else config.width
+        self.heads = nn.ModuleList(nn.Linear(config.width, outputs) for _ in range(n_heads))
 
     def predict(self, x, hidden):
-        """Predictions [(R, B, T, d)] of the heads, from x, (R, B, T), with its hidden tokens
-        masked. Target token: one (R, B, T, aligned(v)), of which the first v scores count."""
+        """(B, T) tokens and where they are hidden, bool -> from each head (B, T, d), or for
+        target token scores (B, T, v)."""
         maps = self.encoder(x.masked_fill(hidden, self.v))
-        sources = maps[-1:] * len(self.heads)                   # each (R, B, T, d)
+        sources = maps[-1:] * len(self.heads)
         if self.target == "stacked":
             # each head has a map of its own
-            sources = [pool(h, x.shape[2]) for h in maps[-self.K :]]
+            sources = [pool(h, x.shape[1]) for h in maps[-self.K :]]
         return [head(h) for head, h in zip(self.heads, sources)]
 
-    def forward(self, x, hidden, goals, count):
-        """Losses (R,): errors against each head's goal, summed over heads and hidden
-        positions, divided by count, (R,)."""
+    def forward(self, x, hidden, targets, count):
+        """The loss: the sum over hidden tokens and heads of
+            smooth_l1(prediction, target), the mean over d features, or for target token of
+            cross_entropy(scores, token),
+        divided by count, the number of hidden tokens."""
         loss = 0
-        for prediction, aim in zip(self.predict(x, hidden), goals, strict=True):
+        for prediction, target in zip(self.predict(x, hidden), targets):
             if self.target == "token":
-                error = cross_entropy(prediction[..., : self.v], aim)   # (R, B, T)
+                error = F.cross_entropy(prediction.mT, target, reduction="none")        # (B, T)
             else:
-                error = smooth_l1(prediction, aim)                      # (R, B, T)
-            loss = loss + (error * hidden).sum((1, 2)) / count
+                error = F.smooth_l1_loss(prediction, target, reduction="none", beta=4.0).mean(2)
+            loss = loss + (error * hidden).sum() / count
         return loss
 
+    @torch.no_grad()
+    def targets(self, x):
+        """What is the target? One for each head, made by the teacher from whole strings (B, T):
+        features (B, T, d), or the tokens."""
+        if self.target == "token":
+            return [x]
+        maps = [pool(h, x.shape[1]) for h in self.encoder(x)[-self.K :]]    # each (B, T, d)
+        if self.target == "latent":
+            return [sum(maps) / len(maps)]
+        return maps                                             # stacked, several
 
-# ----------------------------------------------------------------------------------------
-# training
-
-
-def stream(seed, number, device="cpu"):
-    """One of four independent generators of a seed: 0 draws weights, 1 picks strings, 2 hides
-    tokens, 3 drops out. Grammar.sample has its own: it gets seed for training strings, (seed, 1)
-    for the test, (seed, 2, step) online, (seed, 3) and (seed, 4, level) for fitting probes."""
-    return torch.Generator(device).manual_seed(4 * seed + number)
-
-
-def drawn_at_once(options, T):
-    """The number of steps whose strings and masks are drawn at once."""
-    return max(1, min(DRAWN, 2**22 // (options.batch * T)))
-
-
-def batches(xs, L, s, seeds, randoms, options, done=0):
-    """Yields x, (R, B, T) int64, and hidden, (R, B, T) bool, for every step after `done`.
-
-    randoms: two generators for each run, one that picks strings and one that draws masks."""
-    T, B = s**L, options.batch
-    n, device = drawn_at_once(options, T), randoms[0][0].device
-    for start in range(done, options.steps, n):
-        x, hidden = [], []
-        for run, seed, (pick, mask) in zip(xs, seeds, randoms):
-            if isinstance(run, Grammar):
-                x.append(run.sample(n * B, (seed, 2, start), device)[0])
-            else:
-                rows = torch.randint(len(run), (n * B,), generator=pick, device=device)
-                x.append(run[rows])
-            hidden.append(draw_mask(n * B, L, s, options.mask, options.mask_block, mask))
-        x, hidden = (torch.stack(part).unflatten(1, (n, B)) for part in (x, hidden))
-        for i in range(min(n, options.steps - start)):
-            yield x[:, i].long(), hidden[:, i]
-
-
-def adamw(student, decay):
-    """The optimiser, under which biases and layer norms don't decay."""
-    constant, decaying = [], []
-    for name, w in student.named_parameters():
-        group = constant if name.endswith(("gain", "bias")) else decaying
-        group.append(w)
-    groups = [{"params": decaying}, {"params": constant, "weight_decay": 0.0}]
-    fused = decaying[0].device.type != "mps"
-    return torch.optim.AdamW(groups, betas=ADAM_BETAS, weight_decay=decay, fused=fused)
-
-
-def learning_rate(step, options):
-    """Rises linearly in the first steps, and falls linearly to 0 in the last ones."""
-    rise = step / options.warmup
-    fall = (options.steps + 1 - step) / max(1, options.cooldown * options.steps)
-    return options.lr * min(1, rise, fall)
-
-
-def clip_each_run(weights):
-    """Scale the gradients of every run to norm CLIP at most. Returns the norms before, (R,)."""
-    norms = [w.grad.flatten(1).norm(dim=1) for w in weights]    # each (R,)
-    norm = torch.stack(norms, 1).norm(dim=1)
-    scale = (CLIP / (norm + 1e-6)).clamp(max=1)
-    for w in weights:
-        w.grad *= scale.view(-1, *[1] * (w.ndim - 1))
-    return norm
-
-
-@torch.no_grad()
-def follow(teacher, student, ema):
-    """One step of the moving average: teacher <- ema * teacher + (1 - ema) * student."""
-    for old, new in zip(teacher.parameters(), student.parameters()):
-        old.lerp_(new, 1 - ema)
-
-
-def rank_and_world():
-    """This process's number, and how many share every batch."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def train(student, xs, seeds, watch=None, resume=None):
-    """The loop, for R runs side by side. xs: for each its (P, T) uint8 strings, or a Grammar.
-
-    Returns (teacher, diverged): the moving average of the student, heads and all; and for
-    each run the step whose loss or gradient was not finite, where it stops, or 0."""
-    s, L, K, target, options = student.s, student.L, student.K, student.target, student.options
-    R, T, device = len(xs), s**L, next(student.parameters()).device
-    teacher = deepcopy(student).requires_grad_(False)
-    optimizer = adamw(student, options.decay)
-    pick, mask, noise = ([stream(seed, i, device) for seed in seeds] for i in (1, 2, 3))
-
-    # resume if there is a file; stopped: {diverged run: (step, weights before it)}
-    parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
-    about = {"v": student.v, "s": s, "depth": L, "target": target, "seed": list(seeds)}
-    about |= {**vars(options), "device": device.type}
-    checkpoint = Checkpoint(resume, parts, [*pick, *mask, *noise], xs, about)
-    done, stopped = checkpoint.load()
-
-    # of several processes each has its own part of every batch; gradients are averaged
-    rank, world = rank_and_world()
-    own = slice(rank, None, world)
-    for block in student.modules():
-        if isinstance(block, Block) and options.dropout:
-            block.drop = Dropout(options.dropout, options.batch, noise, own)
-    student_loss, teacher_maps = student, teacher.encoder
-    if world > 1:
-        student_loss = DistributedDataParallel(student_loss)
-    if options.compile:
-        student_loss, teacher_maps = torch.compile(student_loss), torch.compile(teacher_maps)
-    precision = partial(torch.autocast, device.type, torch.bfloat16, options.bfloat16)
-
-    drawn = batches(xs, L, s, seeds, list(zip(pick, mask)), options, done)
-    for step, (x, hidden) in enumerate(drawn, done + 1):
-        # (R,) hidden tokens / world: sum / count, averaged over processes, is the mean error
-        count = hidden.sum((1, 2)) / world
-        x, hidden = x[:, own], hidden[:, own]
-
-        # the teacher sees whole strings, and nothing flows back into it
-        with torch.no_grad(), precision():
-            maps = [] if target == "token" else teacher_maps(x)[-K:]    # each (R, B, n, d)
-            goals = goal(target, x, maps)
-
-        # the student sees the rest, and predicts what is hidden from it
-        with precision():
-            loss = student_loss(x, hidden, goals, count)                # (R,)
-
-        # runs share no weight, so that the gradient of each is its own
-        optimizer.zero_grad()
-        loss.sum().backward()
-        norm = clip_each_run(list(student.parameters()))
-        loss = loss.detach()
-        if world > 1:
-            dist.all_reduce(loss)
-            loss /= world
-
-        # a run that has diverged keeps the weights it had before this step
-        for r, finite in enumerate((loss + norm).isfinite().tolist()):
-            if not finite and r not in stopped:
-                stopped[r] = step, [w[r].clone() for w in teacher.parameters()]
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
-        optimizer.step()
-        follow(teacher, student, options.ema)
-        if watch:
-            watch(step, options.steps, teacher, loss)
-        if len(stopped) == R:
-            break
-        # only where a block ends do the generators' states determine all later steps
-        last = step == options.steps
-        if rank == 0 and (last or step % drawn_at_once(options, T) == 0):
-            checkpoint.save(step, stopped, last)
-
-    # runs that diverged get back the weights from before that step
-    for r, (_, kept) in stopped.items():
-        for w, before in zip(teacher.parameters(), kept):
-            w[r] = before
-    return teacher, [stopped[r][0] if r in stopped else 0 for r in range(R)]
-
-
-# ----------------------------------------------------------------------------------------
-# what fit returns
-
-
-class Data2vec:
-    """What fit returns: the teacher, a Network of one run, and its encoder before training.
-    diverged: the first step whose loss or gradient was not finite, or 0."""
-
-    def __init__(self, network, untrained=None, diverged=0):
-        self.v, self.s, self.L = network.v, network.s, network.L
-        self.target, self.options = network.target, network.options
-        self.network, self.encoder = network, network.encoder
-        self.untrained, self.diverged = untrained, diverged
-
-    def __repr__(self):
-        sizes = f"v={self.v}, s={self.s}, L={self.L}, encoder={self.options.encoder}"
-        return f"Data2vec(target={self.target}, {sizes}, diverged={self.diverged})"
-
+    @torch.no_grad()
     def features(self, x):
         """Strings (P, s^L) -> [map (P, n, d) float32, layer-normalised], n = s, s^2, ..., s^L
         nodes of the tree, or s^L positions after every block. Raises ValueError, naming x."""
         x, _ = as_strings(x, self.v, self.s, self.L)
-        return encode(self.encoder, x.to(next(self.encoder.parameters()).device))
+        x = x.to(self.heads[0].weight.device)
+        pieces = [self.encoder(part.long()) for part in x.split(PIECE)]
+        return [torch.cat(maps) for maps in zip(*pieces)]
 
-    def save(self, file):
-        """Write sizes, settings and weights; the file is complete or not there."""
-        saved = {"v": self.v, "s": self.s, "L": self.L, "target": self.target}
-        saved["settings"] = vars(self.options)
-        saved["weights"] = {name: w.cpu() for name, w in self.network.state_dict().items()}
-        write_whole(file, partial(torch.save, saved))
+    def score(self, grammar, seed):
+        """Accuracies on fresh strings of a grammar: of levels 1..L-1 on synonyms that the probe
+        has not seen, from the best map; then of the root, by the paper's MLP probe of the last
+        map's mean. Raises ValueError if m = 1, as there are no synonyms then."""
+        right, _ = unseen_synonyms(self.features, grammar, seed)
+        train = grammar.sample(PROBE_STRINGS, (seed, 3))
+        test = grammar.sample(TEST_STRINGS, (seed, 1))
+        known, fresh = (self.features(h[0])[-1].mean(1) for h in (train, test))     # (P, d)
+        root = mlp_probe(known, train[-1][:, 0], self.v)(fresh).cpu()
+        return [*right, (root == test[-1][:, 0]).float().mean().item()]
 
-
-def load(file):
-    """The Data2vec that save wrote, on the CPU. Raises ValueError for any other file."""
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        options = read_settings(SETTINGS, PRESETS, saved["settings"])
-        v, s, L, target = saved["v"], saved["s"], saved["L"], saved["target"]
-        check_size(v, s, 2, L, 1, target, **saved["settings"] | NO_MEASURE)
-        network = Network(1, v, s, L, target, options).requires_grad_(False)
-        network.load_state_dict(saved["weights"])
-    except OSError:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"file: {file} was not written by data2vec.py: {reason}") from None
-    return Data2vec(network)
+    save = save_network
 
 
-def check_size(v, s, m, L, P, target="latent", **settings):
-    """Raises ValueError, naming the flag, unless one run works and fits into memory."""
-    options = read_settings(SETTINGS, PRESETS, settings)
-    T, d, hidden, heads = s**L, options.width, options.hidden, options.heads
-    if target not in TARGETS:
-        raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target!r}")
-    if m == 1:
-        raise ValueError("m: must be 2 or more: a single rule has no synonym to measure")
-    if options.mask_block not in (*MASK_WORDS, *range(L)):
-        raise ValueError(f"mask-block: must be from 0 to depth-1 = {L - 1}, top or mixed")
-
-    # numbers that a token leaves in the maps, and in a step for its gradient
-    kept, numbers = 2 * d, 4 * (8 * d + 3 * hidden)
-    if options.encoder == "transformer":
-        kept = options.layers * d
-        numbers = options.layers * (14 * d + 3 * hidden + 4 * heads * T)
-        if d % heads:
-            raise ValueError(f"width: must be a multiple of heads = {heads}, not {d}")
-    with torch.device("meta"):  # shapes without memory
-        encoder = ENCODERS[options.encoder](1, v, s, L, options)
-    weights = sum(w.numel() for w in encoder.parameters())
-    measured = options.test_strings + options.probe_strings
-    check_memory("samples", 0 if options.online else 2 * P * T, f"{P} strings of {T} tokens")
-    check_memory("test-strings", 4 * measured * T * kept, f"features of {measured} strings")
-    # weights stand with teacher, untrained, gradient and the two averages of AdamW
-    check_memory("width", 6 * 4 * weights, f"{weights} weights")
-    check_memory("batch", 4 * options.batch * T * numbers, f"a step of {options.batch} strings")
+load = partial(load_network, Data2vec, Config)
 
 
-def check_speedups(options, device):
-    """Raises ValueError, naming the setting, unless bfloat16 and compile work on the device."""
-    name, one = "bfloat16", torch.ones(8, device=device)
-    try:
-        if options.bfloat16:
-            torch.autocast(one.device.type, torch.bfloat16)
-        if options.compile:
-            name = "compile"
-            torch.compile(torch.exp)(one)
-    except Exception as error:  # each compiler has its own
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name}: does not work on {device} here: {reason:.80}") from None
-
-
-def one_run(module, r):
-    """A copy of run r of R."""
-    alone = deepcopy(module)
-    for w in alone.parameters():
-        w.data = w.data[r : r + 1].clone()
-    return alone
-
-
-def fit_many(xs, v, s, target="latent", seeds=(0,), watch=None, device=None, resume=None,
-             **settings):
-    """Train R runs of one size side by side. Returns a list of Data2vec, one for each.
-
-    xs: for each run its strings, (P, s^L) integers of any dtype, or a Grammar that gives
-    always fresh ones. A run depends on its own strings, seed and settings, not on R.
-    settings: values by their names in SETTINGS, or preset. device: by default the strings', or cpu.
-    watch(step, steps, network, loss) is called after every step, with the Network of the
-    teachers and the students' losses, (R,). resume: a file, written at most once a minute
-    and at the end; if it exists, the runs go on from it. Processes of torch.distributed
-    share every batch. Raises ValueError that begins with the wrong argument's name."""
-    xs, L, P, device = check_runs(xs, v, s, seeds, device)
-    options = read_settings(SETTINGS, PRESETS, settings)
-    check_speedups(options, device)
-    if options.online and P:
-        raise ValueError("online: needs a Grammar in place of x")
-    world = rank_and_world()[1]
-    if options.batch < world:
-        raise ValueError(f"batch: must be {world} or more, a string a process")
-    # m of given strings is unknown, so 2 stands in
-    check_size(v, s, 2, L, P, target, **settings | NO_MEASURE)
-
-    student = Network(len(xs), v, s, L, target, options)
-    initialise(student, [stream(seed, 0) for seed in seeds]).to(device)
-    untrained = deepcopy(student.encoder).requires_grad_(False)
-    teacher, diverged = train(student, xs, seeds, watch, resume)
-    models = []
-    for r, step in enumerate(diverged):
-        models.append(Data2vec(one_run(teacher, r), one_run(untrained, r), step))
-    return models
-
-
-def fit(x, v, s, target="latent", seed=0, watch=None, device=None, resume=None, **settings):
-    """fit_many of one run: a Data2vec, or a FloatingPointError if it diverged."""
-    model = fit_many([x], v, s, target, [seed], watch, device, resume, **settings)[0]
-    if model.diverged:
-        step = model.diverged
-        what = "the loss or its gradient is not finite"
-        raise FloatingPointError(f"step {step}: {what}; lower lr or decay")
+def untrained(v, s, L, target, config, seed):
+    """A Data2vec as fit begins with it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Data2vec(v, s, L, target, config)
+        for name, w in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(w)
+            elif w.ndim == 2 and not name.endswith(("embed.weight", "position.weight")):
+                nn.init.xavier_normal_(w)
     return model
 
 
-# ----------------------------------------------------------------------------------------
-# measures, all on fresh strings; features: strings (P, T) -> a list of maps (P, n, d)
+def draw_mask(B, L, s, rate, block, rng):
+    """(B, s^L) bool, True where a token is hidden.
+
+    Every node of level block is hidden with probability rate, with all tokens beneath it, and
+    one in every string for certain. top: level L-2; mixed: strings draw theirs from 0..L-2."""
+    levels = {"mixed": range(L - 1), "top": [L - 2]}.get(block) or [int(block)]
+    masks = []
+    for level in levels:
+        draw = torch.rand(B, s ** (L - level), generator=rng)
+        certain = draw == draw.min(1, keepdim=True).values
+        masks.append((certain | (draw < rate)).repeat_interleave(s**level, 1))
+    # every string picks one of the levels that it may have
+    pick = torch.randint(len(masks), (B,), generator=rng)
+    return torch.stack(masks)[pick, torch.arange(B)]
+
+
+# ---- training --------------------------------------------------------------------------
+
+
+def batches(x, config, s, L, seed, done, device):
+    """Yields (B, T) int64 tokens and where they are hidden, bool, for every step after `done`.
+    x: (P, T) strings, or a Grammar, which gives always fresh ones."""
+    B, fresh = config.batch, None
+    for step in range(done + 1, config.steps + 1):
+        # all that a step draws depends on seed and step alone
+        rng = step_generator(seed, step)
+        block, i = divmod(step - 1, BLOCK)
+        if not isinstance(x, Grammar):
+            rows = x[torch.randint(len(x), (B,), generator=rng).to(device)]
+        else:
+            if fresh is None or i == 0:
+                fresh = x.sample(BLOCK * B, (seed, 2, block), device)[0]
+            rows = fresh[i * B : (i + 1) * B]
+        hidden = draw_mask(B, L, s, config.mask, config.mask_block, rng)
+        yield rows.long(), hidden.to(device)
+
+
+def groups(student):
+    """Of AdamW: biases and layer norms, which have one dimension, don't decay."""
+    weights = list(student.parameters())
+    return [{"params": [w for w in weights if w.ndim > 1]},
+            {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0}]
+
+
+def learning_rate(step, config):
+    """Rises linearly in the first steps, and falls linearly to 0 in the last ones."""
+    rise = step / config.warmup
+    fall = (config.steps + 1 - step) / max(1, config.cooldown * config.steps)
+    return config.lr * min(1, rise, fall)
 
 
 @torch.no_grad()
-def encode(encoder, x):
-    """One encoder, strings (P, T) -> all its maps, each (P, n, d) and layer-normalised."""
-    pieces = [encoder(part.long()[None]) for part in x.split(PIECE)]
-    return [torch.cat(maps, 1)[0] for maps in zip(*pieces)]
+def ema_update(teacher, student, ema_decay):
+    """One step of the moving average: teacher <- ema_decay teacher + (1 - ema_decay) student."""
+    averages, weights = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - ema_decay)
+    for old, new in zip(teacher.buffers(), student.buffers()):
+        old.copy_(new)                                          # a batch norm's, of a fork
 
 
-def unseen_synonyms(features, grammar, seed, options, device="cpu"):
-    """How well features know each level: (unseen, seen, collapsed), lists over l = 1..L-1.
+def train(student, x, seed, callback=None, resume=None, progress=False):
+    """The loop. x: (P, T) uint8 strings on the student's device, or a Grammar. Returns the
+    teacher, the moving average of the student, heads and all."""
+    config, device = student.config, next(student.parameters()).device
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(groups(student), betas=(0.9, 0.98), fused=device.type != "mps",
+                                  weight_decay=config.weight_decay)
+
+    # processes of torchrun share every batch, and average their gradients
+    rank, world = 0, 1
+    if dist.is_available() and dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    loss_of = DistributedDataParallel(student) if world > 1 else student
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    about = {**vars(config), "v": student.v, "target": student.target, "seed": seed,
+             "strings": checksum(x)}
+    done = load_state(resume, about, parts)
+    drawn = batches(x, config, student.s, student.L, seed, done, device)
+    bar = tqdm(drawn, initial=done, total=config.steps, disable=not progress or rank > 0)
+    for step, (batch, hidden) in enumerate(bar, done + 1):
+        count = hidden.sum() / world
+        batch, hidden = batch[rank::world], hidden[rank::world]
+        if config.dropout:                                      # it takes no generator
+            torch.manual_seed(step_generator(seed, step).initial_seed() + rank)
+
+        # the teacher sees whole strings; the student predicts what is hidden from it
+        targets = teacher.targets(batch)
+        loss = loss_of(batch, hidden, targets, count)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        if world > 1:
+            loss = loss.detach()
+            dist.all_reduce(loss)
+            loss = loss / world
+        if not (loss + norm).isfinite():
+            raise FloatingPointError(f"step {step}: loss or gradient is not finite; lower the lr")
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        ema_update(teacher, student, config.ema_decay)
+        if callback:
+            callback(step, teacher, loss.detach())
+        if rank == 0:
+            save_state(resume, about, parts, step, step == config.steps)
+    return teacher
+
+
+def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=None,
+        progress=False, **settings):
+    """Train on strings x, (P, s^L) symbols 0..v-1 (a tensor, array or list), or on always fresh
+    ones of a Grammar. Returns a Data2vec.
+
+    settings: see Config. device: by default that of x. callback(step, teacher, loss) is called
+    after every step. resume: a file, written once a minute and at the end; if it exists, the
+    training goes on from it. Processes of torch.distributed share every batch. Raises ValueError,
+    naming the argument, or FloatingPointError, naming the step, if a loss is not finite."""
+    v, s, seed = operator.index(v), operator.index(s), operator.index(seed)
+    if isinstance(x, Grammar):
+        L, device = x.L, device or "cpu"
+    else:
+        x, L = as_strings(x, v, s)
+        x = x.to(device or x.device)
+        device = x.device
+    config = Config.of(**settings).sized(v, s, 2, L)        # m of given strings is unknown
+    student = untrained(v, s, L, target, config, seed).to(device)
+    with torch.random.fork_rng():                               # dropout seeds it
+        return train(student, x, seed, callback, resume, progress)
+
+
+# ---- measures, all on fresh strings; features: strings (P, T) -> a list of maps (P, n, d)
+
+
+def unseen_synonyms(features, grammar, seed, n_train=PROBE_STRINGS, n_test=TEST_STRINGS):
+    """How well features know each level: (unseen, seen), lists over l = 1..L-1.
 
     A linear probe reads h^(l) at its node, from the map with the highest unseen. It is fitted on
     strings in which every level-l symbol lacks one rule. unseen: its accuracy on tuples of this
     rule, high only if synonyms look alike. seen: on other tuples, whose parents the probe can
-    look up. collapsed: it answers with fewer than v symbols. Raises ValueError if m = 1."""
+    look up."""
     v, s, L = grammar.v, grammar.s, grammar.L
-    test = grammar.sample(options.test_strings, (seed, 1), device)
+    test = grammar.sample(n_test, (seed, 1))
     tested = features(test[0])
     results = []
     for l in range(1, L):
         # fit on strings without rule 0 of every symbol
-        known = grammar.sample(options.probe_strings, (seed, 4, l), device, without=l)
-        rule = tuple_codes(grammar.rules[l - 1][:, 0].to(device), v)
+        train = grammar.sample(n_train, (seed, 4, l), without=l)
+        rule = tuple_codes(grammar.rules[l - 1][:, 0], v)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
-        absent = torch.isin(tuples, rule)           # (P, nodes)
-        nodes = s ** (L - l)
+        absent, nodes = torch.isin(tuples, rule), s ** (L - l)  # (P, nodes)
 
         # and ask about the tuples that only this rule makes
         found = []
-        for fitted, fresh in zip(features(known[0]), tested):
-            fitted = pool(fitted, nodes).flatten(0, 1)
-            predict = linear_probe(fitted, known[l].flatten(), v)
-            answer = predict(pool(fresh, nodes)).argmax(2)
-            right = (answer == test[l]).float()     # (P, nodes)
+        for known, fresh in zip(features(train[0]), tested):
+            known = pool(known, nodes).flatten(0, 1)
+            read = linear_probe(known, train[l].flatten().to(known.device), v)
+            right = (read(pool(fresh, nodes)).argmax(2).cpu() == test[l]).float()
             # nan_to_num: few strings may have no such tuple
-            unseen = right[absent].mean().nan_to_num().item()
-            seen = right[~absent].mean().nan_to_num().item()
-            collapsed = len(answer.unique()) < v
-            found.append((unseen, seen, collapsed))
+            unseen, seen = right[absent].mean().nan_to_num(), right[~absent].mean().nan_to_num()
+            found.append((unseen.item(), seen.item()))
         results.append(max(found))
     return [list(column) for column in zip(*results)]
 
 
-def mlp_probe(features, labels, v, steps, lr=1e-3):
-    """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam; R side by side.
+def mlp_probe(features, labels, v):
+    """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam.
 
-    features: (R, n, d); labels: (R, n). Returns a function from (R, n, d) to (R, n) int64.
-    All probes start alike and see the same rows and dropout, whatever R."""
-    batch, (R, n, d) = 256, features.shape
-    net = TwoLayers(R, d, 2 * d, aligned(v))
-    net = initialise(net, [torch.Generator().manual_seed(0) for _ in range(R)]).to(features)
-    random = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam(net.parameters(), lr)
-    for _ in range(steps):
-        rows = torch.randint(n, (batch,), generator=random).to(features.device)
-        keep = (torch.rand(batch, 2 * d, generator=random) >= 0.1).to(features) / 0.9
-        hidden = F.gelu(net.first(features.index_select(1, rows))) * keep
-        scores = net.second(hidden)[..., :v]                            # (R, batch, v)
-        error = cross_entropy(scores, labels.index_select(1, rows).long())
-        optimizer.zero_grad()
-        error.mean(1).sum().backward()  # every probe by its own mean
-        optimizer.step()
-    return lambda h: net(h)[..., :v].argmax(2)
-
-
-def measure_encoders(encoders, grammars, seeds, options, device="cpu"):
-    """[(accuracy, collapsed)], one pair for every encoder, each a list over levels 1..L: below the
-    root on unseen synonyms; at the root by the paper's MLP probe of the last map's mean."""
-    found, pooled = [], []
-    for encoder, grammar, seed in zip(encoders, grammars, seeds):
-        features = partial(encode, encoder)     # strings -> maps
-        accuracy, _, collapsed = unseen_synonyms(features, grammar, seed, options, device)
-        found.append((accuracy, collapsed))
-        known = grammar.sample(options.probe_strings, (seed, 3), device)
-        fresh = grammar.sample(options.test_strings, (seed, 1), device)
-        means = [features(levels[0])[-1].mean(1) for levels in (known, fresh)]  # (n, d)
-        pooled.append((*means, known[-1][:, 0], fresh[-1][:, 0]))
-
-    # the probes of all roots side by side
-    v = grammars[0].v
-    known, fresh, labels, truth = (torch.stack(part) for part in zip(*pooled))
-    answers = mlp_probe(known, labels, v, options.probe_steps)(fresh)
-    roots = (answers == truth).float().mean(1).tolist()
-    for (accuracy, collapsed), root, answer in zip(found, roots, answers):
-        accuracy.append(root)
-        collapsed.append(len(answer.unique()) < v)
-    return found
-
-
-def measure(models, grammars, seeds, device="cpu"):
-    """[Score] of models of one size, by measure_encoders. The floor is what the encoders get
-    untrained; it is None for a loaded model, which has no untrained encoder."""
-    about = grammars, seeds, models[0].options, device
-    found = measure_encoders([model.encoder for model in models], *about)
-    floors = [None] * len(models)
-    untrained = [model.untrained for model in models]
-    if None not in untrained:
-        floors = [floor for floor, _ in measure_encoders(untrained, *about)]
-
-    scores = []
-    for model, (accuracy, collapsed), floor in zip(models, found, floors):
-        if model.diverged:
-            accuracy, collapsed = [0.0] * model.L, [False] * model.L
-        scores.append(Score(accuracy, collapsed, floor, model.diverged))
-    return scores
-
-
-def recover(grammars, samples, seeds, target="latent", device="cpu", **settings):
-    """Runs of the sweep, side by side: [Score], one for each grammar, P and seed, by measure.
-    Online, every one of P strings is seen once: there are P / batch steps."""
-    v, s = grammars[0].v, grammars[0].s
-    options = read_settings(SETTINGS, PRESETS, settings)
-    if options.online:
-        learned = {}
-        # P sets the number of steps, so that only runs of one P can train side by side
-        for P in set(samples):
-            runs = [r for r, size in enumerate(samples) if size == P]
-            xs = [grammars[r] for r in runs]
-            own_seeds = [seeds[r] for r in runs]
-            settings["steps"] = max(1, P // options.batch)
-            learned |= zip(runs, fit_many(xs, v, s, target, own_seeds, device=device, **settings))
-        models = [learned[r] for r in range(len(seeds))]
-    else:
-        xs = [g.sample(P, seed, device)[0] for g, P, seed in zip(grammars, samples, seeds)]
-        models = fit_many(xs, v, s, target, seeds, device=device, **settings)
-    return measure(models, grammars, seeds, device)
+    features: (n, d); labels: (n,). Returns a function from (n, d) to (n,) int64."""
+    d, device = features.shape[1], features.device
+    labels = labels.long().to(device)
+    with torch.enable_grad(), torch.random.fork_rng():          # always the same
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * d, v))
+        net.to(device)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        for _ in range(PROBE_STEPS):
+            rows = torch.randint(len(labels), (256,)).to(device)
+            loss = F.cross_entropy(net(features[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    net.eval()
+    return lambda h: net(h).argmax(1)
 
 
 @torch.no_grad()
 def token_losses(model, grammar, seed):
-    """Cross-entropies on fresh strings, masked as in training, in nats per hidden token: (the
-    model's, the exact Bayes limit, that of each position's marginal distribution)."""
-    if model.target != "token":
-        raise ValueError(f"model: must be trained with target token, not {model.target}")
-    v, s, L, options = grammar.v, grammar.s, grammar.L, model.options
-    fresh = grammar.sample(options.test_strings, (seed, 1))[0]
-    # masks (P, T) from stream 1, which drew none in training
-    hidden = draw_mask(len(fresh), L, s, options.mask, options.mask_block, stream(seed, 1))
-    nothing = torch.zeros(s**L, dtype=torch.bool)
-    unigram = grammar.posterior(fresh[:1], nothing)[0].log()                # (1, T, v)
+    """Cross-entropies on fresh strings, masked as in training, of a model with target token, in
+    nats per hidden token: (its own, the exact Bayes limit, each position's marginal)."""
+    s, L, config = grammar.s, grammar.L, model.config
+    fresh = grammar.sample(TEST_STRINGS, (seed, 1))[0].long()
+    device = model.heads[0].weight.device
+    hidden = draw_mask(len(fresh), L, s, config.mask, config.mask_block, step_generator(seed, 0))
+    unigram = torch.stack([grammar.marginal(0, n) for n in range(s**L)]).log()  # (T, v)
 
-    # exact inference in pieces of no more than 256 MiB, if one string needs less
-    piece = max(1, 2**28 // grammar.posterior_bytes(1))
-    device = next(model.network.parameters()).device
     losses = torch.zeros(3, dtype=torch.float64)
-    for x, part in zip(fresh.long().split(piece), hidden.split(piece)):
-        scores = model.network.predict(x[None].to(device), part[None].to(device))[0]
-        learned = scores[0, :, :, :v].log_softmax(-1).cpu().double()        # (p, T, v)
-        bayes = grammar.posterior(x, ~part)[0].log()                        # (p, T, v)
+    for x, part in zip(fresh.split(64), hidden.split(64)):      # exact inference needs memory
+        (scores,) = model.predict(x.to(device), part.to(device))
+        learned = scores.log_softmax(2).cpu().double()          # (p, T, v)
+        bayes = grammar.posterior(x, ~part)[0].log()            # (p, T, v)
         for i, log in enumerate((learned, bayes, unigram.expand_as(learned))):
-            of_token = log.gather(2, x[..., None])[..., 0]                  # (p, T)
+            of_token = log.gather(2, x[..., None])[..., 0]      # (p, T)
             losses[i] -= of_token[part].sum()
     return tuple((losses / hidden.sum()).tolist())
 
 
-@torch.no_grad()
-def synonym_scores(features, grammar, seed, options, device="cpu"):
+def synonym_scores(features, grammar, seed, n=1024):
     """The paper's synonym score C_l (Figs. 5, 13), the largest over maps: floats, l = 1..L-1.
 
     The tuple under one level-l node is replaced, once by a synonym and once by any other tuple,
     and all levels below are resampled. The node's mean features move by a mean distance d_syn or
     d_any: C_l = 1 - d_syn / d_any, 1 if synonyms look the same, 0 if like any other tuple."""
-    levels = grammar.sample(min(1024, options.test_strings), (seed, 1), device)
-    before = features(levels[0])
-    each = torch.arange(len(levels[0]), device=device)
-    scores = []
+    levels = grammar.sample(n, (seed, 1))
+    before, scores = features(levels[0]), []
     for l in range(1, grammar.L):
         nodes = grammar.s ** (grammar.L - l)
-        distance = {}
+        moved = {}
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
             change = [b - a for a, b in zip(before, features(swapped[0]))]
-            change = [pool(h, nodes)[each, node] for h in change]       # (P, d) for each map
-            distance[kind] = torch.stack([h.norm(dim=1).mean() for h in change])
-        ratio = distance["synonym"] / distance["generic"].clamp(min=1e-12)
+            change = [pool(h, nodes)[torch.arange(n), node] for h in change]        # (n, d)
+            moved[kind] = torch.stack([h.norm(dim=1).mean() for h in change])
+        ratio = moved["synonym"] / moved["generic"].clamp(min=1e-12)
         scores.append((1 - ratio).max().item())
     return scores
 
 
-def spread(features, x, top):
+def spread(features, x, K):
     """Does the target collapse? (standard deviation, effective rank) of the latent target of
     strings x: the root mean square over its d features, and exp(entropy of the covariance's
-    normalised eigenvalues), from 1 to d. In float64 on the CPU."""
-    maps = features(x)[-top:]
+    normalised eigenvalues), from 1 to d."""
+    maps = features(x)[-K:]
     target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)         # (P, T, d)
-    if not target.isfinite().all():
-        return float("nan"), float("nan")
     covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)
     entropy = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
     return eigenvalues.mean().sqrt().item(), entropy.exp().item()
 
 
-# ----------------------------------------------------------------------------------------
-# alone
+def recover(grammar, P, seed, target="latent", device="cpu", **settings):
+    """One run of a sweep: the accuracies of levels 1..L, learned from P strings. Online each of
+    them is seen once: there are P / batch steps."""
+    x, config = grammar, Config.of(**settings)
+    if config.online:
+        batch = min(config.batch, P)
+        settings |= {"batch": batch, "steps": P // batch}
+    else:
+        x = grammar.sample(P, seed, device)[0]
+    model = fit(x, grammar.v, grammar.s, target, seed, device, **settings)
+    return model.score(grammar, seed)
 
 
-def join_processes(parser, device):
-    """Join the other processes of torchrun, if there are; rank 0 alone prints. Returns device."""
-    if "LOCAL_RANK" in os.environ:
-        if device.startswith("mps"):
-            parser.error("argument --device: must be cpu or cuda under torchrun")
-        if device != "cpu":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        # however long rank 0 measures, the others wait
-        forever = timedelta(days=365)
-        has_nccl = device != "cpu" and dist.is_nccl_available()     # on Windows never
-        dist.init_process_group("nccl" if has_nccl else "gloo", timeout=forever)
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+# ---- alone -----------------------------------------------------------------------------
+
+
+def join_processes(device, local_rank):
+    """Join the other processes of torchrun; rank 0 alone prints. Returns this one's device."""
+    if device != "cpu":
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    # on Windows there is no nccl; however long rank 0 measures, the others wait
+    has_nccl = device != "cpu" and dist.is_nccl_available()
+    dist.init_process_group("nccl" if has_nccl else "gloo", timeout=timedelta(days=365))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
     return device
 
 
-def quick_measures(encoder, grammar, seed, options, device):
-    """What main shows while it trains, on few strings: spread, unseen, synonyms, in a row."""
-    few = deepcopy(options)
-    few.test_strings = min(PIECE, few.test_strings)
-    few.probe_strings = min(PIECE, few.probe_strings)
-    features = partial(encode, encoder)
-    x = grammar.sample(few.test_strings, (seed, 1), device)[0]
-    unseen = unseen_synonyms(features, grammar, seed, few, device)[0]
-    synonyms = synonym_scores(features, grammar, seed, few, device)
-    return [*spread(features, x, few.top), *unseen, *synonyms]
-
-
-def print_scores(model, grammar, seed, device):
-    """The table at the end: what recover gives, beside an untrained encoder."""
-    score = measure([model], [grammar], [seed], device)[0]
-    where = f"on {model.options.test_strings} fresh strings (chance {1 / model.v:.3f})"
-    print(f"\n{where:38}   trained   untrained")
-    rows = zip(score.accuracy, score.floor, score.collapsed)
-    for l, (right, floor, collapsed) in enumerate(rows, 1):
-        what = "unseen synonyms, best map" if l < model.L else "MLP probe of the last map"
-        mark = "   collapsed" if collapsed else ""
-        print(f"level {l}  {what:29}{right:10.3f}{floor:12.3f}{mark}")
-    if model.target == "token":
-        loss, bayes, unigram = token_losses(model, grammar, seed)
-        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
-              f"unigram {unigram:.3f}")
-
-
 def main():
-    parser = Parser(__doc__)
-    add_grammar_flags(parser, samples=2048)
-    add = parser.add_argument
-    add("--target", choices=TARGETS, default="latent", help="what is predicted (default latent)")
-    add_settings(parser, SETTINGS, PRESETS)
-    add("--trace", metavar="FILE.csv", type=out_file, help="write what is printed to this file")
-    add("--save", metavar="FILE.pt", type=out_file, help="write the trained encoder to this file")
-    add("--resume", metavar="FILE.pt", type=out_file,
-        help="go on from this file if it exists, and write the state of training to it")
-    args = parser.parse_args()
-    grammar = grammar_from_flags(parser, args)
-    device = pick_device(parser, args.device)
-    settings = given_settings(SETTINGS, args)
+    files = {"trace": "append what is printed to this CSV file",
+             "save": "write the trained network, for data2vec.load",
+             "resume": "go on from this file, and write the state of training to it"}
+    args, grammar, config = read_flags(__doc__, 2048, TARGETS, Config, files)
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
-    try:
-        check_size(v, s, m, L, P, args.target, **settings)
-        check_files(args)
-        if args.target == "token":      # print_scores needs it, for one string at a time
-            check_memory("m", grammar.posterior_bytes(1), "the exact limit")
-    except ValueError as error:
-        parser.error(f"argument --{error}")
-    device = join_processes(parser, device)
-    rank, world = rank_and_world()
-
-    # a short trial is measured on few strings, or measuring would take longer than training
-    options = read_settings(SETTINGS, PRESETS, settings)
-    few = max(8, options.steps * options.batch // 32)
-    for name in ("test_strings", "probe_strings", "probe_steps"):
-        settings.setdefault(name, min(few, getattr(options, name)))
-    settings.setdefault("probes", min(options.steps // 20, options.probes))
-    options = read_settings(SETTINGS, PRESETS, settings)
-    # on matrices this small more threads gain nothing and take cores from other processes
-    if device == "cpu" and options.width <= 64:
+    rank, world, local_rank = ranks()
+    device = join_processes(args.device, local_rank) if world > 1 else args.device
+    if device == "cpu" and config.width <= 64:
+        # on matrices this small more threads gain nothing and take cores from other processes
         torch.set_num_threads(1)
 
-    x = grammar if options.online else grammar.sample(P, seed, device)[0]
-    strings = "always fresh" if options.online else P
+    x = grammar if config.online else grammar.sample(P, seed)[0]
+    strings = "always fresh" if config.online else P
     print(f"{strings} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
-    print(f"target {args.target}, {options.encoder} encoder; by level, the best of its maps:")
+    print(f"target {args.target}, {config.encoder} encoder; by level, the best of its maps:")
     print("unseen: accuracy on tuples the probe never saw; synonyms: the synonym score\n")
     columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
     columns = ["step", "loss", "target std", "rank", *columns]
     print("".join(f"{name:>12}" for name in columns))
-
+    trace = open_trace(args.trace, [*columns, "v", "m", "P"])
     # step 1 shows what a nearly untrained encoder gets
-    every = max(1, options.steps // max(1, options.probes))
-    looked_at = {1, *range(every, options.steps + 1, every)} if options.probes else {}
-    bar = tqdm(total=options.steps, unit="step", leave=False, disable=rank > 0)
-    trace = None
+    measured = {1, *range(config.steps, 0, -max(20, config.steps // 20))}
 
-    def watch(step, steps, network, loss):
-        nonlocal trace
-        trace = trace or open_trace(args.trace, [*columns, "v", "m", "P"], step)
-        bar.update(step - bar.n)
-        if step in looked_at:
-            measured = quick_measures(network.encoder, grammar, seed, options, device)
-            numbers = [loss.item(), *measured]
-            seen = step * options.batch if options.online else P
-            print(step, *numbers, v, m, seen, sep=",", file=trace, flush=True)
-            tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in numbers))
+    def callback(step, teacher, loss):
+        if step in measured and rank == 0:
+            few, features = grammar.sample(PIECE, (seed, 1))[0], teacher.features
+            unseen, _ = unseen_synonyms(features, grammar, seed, PIECE, PIECE)
+            synonyms = synonym_scores(features, grammar, seed, PIECE)
+            row = [loss.item(), *spread(features, few, teacher.K), *unseen, *synonyms]
+            seen = step * config.batch if config.online else P
+            print(step, *row, v, m, seen, sep=",", file=trace, flush=True)
+            tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in row))
 
-    try:
-        with bar:
-            model = fit(
-                x, v, s, args.target, seed, watch=watch if rank == 0 else None, device=device,
-                resume=args.resume, **settings,
-            )
-    except ValueError as error:  # of --resume; all else is checked
-        parser.error(f"argument --{error}")
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    model = fit(x, v, s, args.target, seed, device, callback, args.resume, progress=True,
+                **vars(config))
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0:
-        if args.save:
-            model.save(args.save)
-        print_scores(model, grammar, seed, device)
+    if rank > 0:
+        return
+    before = untrained(v, s, L, args.target, config, seed).to(device).eval()
+    print(f"\non {TEST_STRINGS} fresh strings (chance {1 / v:.3f})      trained   untrained")
+    for l, pair in enumerate(zip(model.score(grammar, seed), before.score(grammar, seed)), 1):
+        what = "unseen synonyms, best map" if l < L else "MLP probe of the last map"
+        print(f"level {l}  {what:29}" + "{:10.3f}{:12.3f}".format(*pair))
+    if args.target == "token":
+        loss, bayes, unigram = token_losses(model, grammar, seed)
+        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
+              f"unigram {unigram:.3f}")
+    if args.save:
+        model.save(args.save)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

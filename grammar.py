@@ -5,70 +5,63 @@ fixed s-ary tree of depth L.
     python grammar.py --depth 3                          the rules, and one derivation
     python grammar.py --samples 1000 --save rhm.npz      strings, levels and rules
     python grammar.py --depth 6 --contrast --seeds 20    why own latents win, in numbers
-    python grammar.py --depth 6 --bench                  tokens per second
 
-Level 0 is the visible string of s^L symbols, level L is the root. A symbol of level l+1,
-one of v, has m production rules, each an s-tuple of level-l symbols, and no tuple has two
-parents. Tuples with the same parent are *synonyms*: to learn the grammar is to group the
-v m tuples of every level into v groups of synonyms.
-
-A wrong argument raises a ValueError of one line, which begins with the name of the argument or
-of its flag (depth for L, samples for P).
+Level 0 is the visible string of s^L tokens, level L is the root. A symbol of level l+1, one of v,
+has m production rules, each an s-tuple of level-l symbols, and no tuple has two parents. Tuples
+with the same parent are *synonyms*: to learn the grammar is to group the v m tuples of every
+level into v groups of synonyms.
 """
 
 import argparse
-import difflib
-import hashlib
 import itertools
 import math
-import numbers
+import operator
 import os
-import signal
+import re
 import sys
 import time
-import timeit
-import uuid
-from functools import lru_cache, partial
-from typing import Callable, NamedTuple
+import zlib
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHUNK_TOKENS = 2**18  # tokens sampled at a time: they stay in the cache
-TEST_STRINGS = 4096   # fresh strings on which a score is measured
-RIDGE = 1e-3          # penalty of the linear probe, for features of size about 1
-MEMORY = 2**34        # bytes; work that would need more is refused before it starts
-SAVE_EVERY = 60       # seconds, at least, between two writes of a training's state
+CHUNK_TOKENS = 2**18    # tokens sampled at a time: they stay in the cache
+MOST_TOKENS = 2**34     # of one sample
+TEST_STRINGS = 4096     # fresh strings on which a learner is scored
+RIDGE = 1e-3            # penalty of the linear probe, for features of size about 1
+SAVE_EVERY = 60         # seconds, at least, between two writes of a training's state
 
 
-# ----------------------------------------------------------------------------------------
-# the grammar
+# ---- the rules, and strings from them --------------------------------------------------
 
 
 class Grammar:
-    """The rules of one RHM. rules[l] is a (v, m, s) uint8 tensor: rules[l][a, j] is the
-    j-th tuple of level-l symbols that the level-(l+1) symbol a may turn into, taken with
-    probability p[j] ~ (j+1)^-zipf."""
+    """The rules of one RHM. rules[l] is a (v, m, s) uint8 tensor: rules[l][a, j] is the j-th
+    tuple of level-l symbols that the level-(l+1) symbol a may turn into, taken with probability
+    p[j] ~ (j+1)^-zipf. So rules[0] makes the tokens, and rules[L-1] is applied to the root.
+    Raises ValueError that begins with the wrong size's name, depth for L."""
 
     def __init__(self, v, s, m, L, rules, zipf=0.0):
+        v, s, m, L = map(operator.index, (v, s, m, L))      # numpy's integers overflow
         check_sizes(v, s, m, L)
-        self.v, self.s, self.m, self.L = int(v), int(s), int(m), int(L)
-        if not isinstance(zipf, numbers.Real) or not 0 <= zipf <= 10:
-            raise ValueError("zipf: must be a number from 0 to 10")
-        self.zipf = float(zipf)
-        weight = torch.arange(1, self.m + 1).double() ** -self.zipf
+        check_range("zipf", zipf, 0, 10)
+        self.v, self.s, self.m, self.L, self.zipf = v, s, m, L, float(zipf)
+        weight = torch.arange(1, m + 1).double() ** -self.zipf
         self.p = weight / weight.sum()                      # (m,) float64
 
-        if not hasattr(rules, "__len__") or len(rules) != L:
-            raise ValueError(f"rules: there must be {L} levels of them")
-        self.rules = []
-        for l, rule in enumerate(rules):
-            rule = whole_numbers(f"rules: level {l}", rule, v)
-            if rule.shape != (v, m, s) or len(tuple_codes(rule, v).unique()) < v * m:
-                raise ValueError(f"rules: level {l} must be (v, m, s), all tuples different")
-            # a copy: nobody else can change it
-            self.rules.append(rule.to("cpu", torch.uint8, copy=True))
+        rules = torch.stack([torch.as_tensor(rule) for rule in rules])
+        if rules.shape != (L, v, m, s) or rules.is_floating_point():
+            raise ValueError(f"rules: must be {L} levels of integers ({v}, {m}, {s})")
+        check_range("rules", rules.min(), 0, v - 1)
+        check_range("rules", rules.max(), 0, v - 1)
+        if any(len(tuple_codes(rule, v).unique()) < v * m for rule in rules):
+            raise ValueError("rules: all tuples of a level must be different")
+        # a copy: nobody else can change it
+        self.rules = list(rules.to("cpu", torch.uint8, copy=True))
 
     def __repr__(self):
         sizes = f"v={self.v}, s={self.s}, m={self.m}, L={self.L}"
@@ -78,6 +71,7 @@ class Grammar:
     def random(v, s, m, L, seed=0, zipf=0.0):
         """Draw v m distinct s-tuples for every level, uniformly, and deal them out to the
         v parents, m to each. seed: a whole number or a tuple of them."""
+        v, s, m, L = map(operator.index, (v, s, m, L))
         check_sizes(v, s, m, L)
         rng = generator("rules", seed)
         rules = []
@@ -89,23 +83,28 @@ class Grammar:
 
     @staticmethod
     def load(file):
-        """Read the grammar from a file of `--save`, an .npz of arrays (v, m, s), rules[0]
-        first, or an .npy of shape (L, v, m, s). Raises ValueError, naming load."""
+        """The grammar of a file of `--save`; of an .npz of arrays (v, m, s), named rules0 or
+        rules_0 and so on, or else taken in their order; or of an .npy (L, v, m, s). rules[0] makes
+        the tokens: a file that is numbered from the root must be turned around. Raises ValueError,
+        naming load."""
         try:
-            with open(file, "rb") as opened:
-                found = np.load(opened, allow_pickle=False)
-                if isinstance(found, np.ndarray):   # an .npy is one array of all levels
-                    found = {f"rules{l}": rule for l, rule in enumerate(found)}
-                arrays = dict(found)                # an .npz has its arrays by name
+            found = np.load(file, allow_pickle=False)
+            arrays = dict(found) if hasattr(found, "files") else dict(enumerate(found))
             zipf = float(arrays.pop("zipf", 0))
-            # named rules0, rules1, ... or all arrays in their order
-            n = sum(name.startswith("rules") for name in arrays)
-            rules = [arrays[f"rules{l}"] for l in range(n)] or list(arrays.values())
+            named = [name for name in arrays if re.fullmatch(r"rules_?\d+", str(name))]
+            named.sort(key=lambda name: int(name.lstrip("rules_")))
+            rules = [arrays[name] for name in named] or list(arrays.values())
             v, m, s = rules[0].shape
             return Grammar(v, s, m, len(rules), rules, zipf)
         except Exception as error:  # a foreign file can raise anything
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"load: {file} holds no grammar: {reason}") from None
+            reason = f"{error!r}".partition("\\n")[0]
+            raise ValueError(f"load: {file} holds no rules (v, m, s) by level: {reason}") from None
+
+    def save(self, file, levels):
+        """Write strings, their hidden levels and the rules as an .npz, for load."""
+        arrays = {f"level{l}": level.cpu().numpy() for l, level in enumerate(levels)}
+        arrays |= {f"rules{l}": rule.numpy() for l, rule in enumerate(self.rules)}
+        np.savez_compressed(file, **arrays, zipf=self.zipf)
 
     def sample(self, P, seed=0, device="cpu", without=None):
         """Sample P derivations: the root is uniform, and every symbol picks one of its
@@ -114,55 +113,47 @@ class Grammar:
 
         A seed gives the same strings on every device; a smaller P gives the first of them.
         without: a level 1..L, whose symbols use rule 1 in place of rule 0: a probe fitted on
-        such strings can be tested on synonyms that it has not seen."""
-        v, s, m, L = self.v, self.s, self.m, self.L
-        check_whole("samples", P, 1)
-        check_memory("samples", strings_bytes(P, s, L), "the strings")
-        check_device(device)
+        such strings can be tested on synonyms that it has not seen. Raises ValueError."""
+        s, m, L = self.s, self.m, self.L
+        if not 1 <= P <= MOST_TOKENS // s**L:
+            raise ValueError(f"samples: must be from 1 to {MOST_TOKENS // s**L} at this size")
         rules = [rule.numpy().reshape(-1, s).copy() for rule in self.rules]    # (v m, s)
         if without is not None:
-            check_whole("without", without, 1, L)
-            if m == 1:
-                raise ValueError("m: must be 2 or more to do without a rule")
+            check_range("without", without, 1, L)
+            check_range("m", m, 2, m)
             rules[without - 1][0::m] = rules[without - 1][1::m]
-        rng = generator("strings", seed)
-        narrow = np.min_scalar_type(v * m - 1)
 
+        rng = generator("strings", seed)
         levels = [np.empty((P, s ** (L - l)), np.uint8) for l in range(L + 1)]
         # whole chunks are drawn, so that a smaller sample is the start of a larger one
         chunk = max(1, CHUNK_TOKENS // s**L)
         for start in range(0, P, chunk):
-            part = [rng.integers(v, size=(chunk, 1), dtype=np.uint8)]
+            h = rng.integers(self.v, size=(chunk, 1), dtype=np.uint8)
+            levels[L][start : start + chunk] = h[: P - start]
             # from the root down, every symbol picks one of its rules
-            for rule in reversed(rules):
-                parent = part[0].astype(narrow)             # (chunk, n)
-                picked = parent * m + self._pick(rng, parent.shape)
-                part.insert(0, rule.take(picked, axis=0).reshape(chunk, -1))
-            for level, h in zip(levels, part):
-                level[start : start + chunk] = h[: P - start]
+            for l in reversed(range(L)):
+                rule = h.astype(np.int64) * m + self.pick(rng, h.shape)
+                h = rules[l].take(rule, axis=0).reshape(chunk, -1)
+                levels[l][start : start + chunk] = h[: P - start]
         return [torch.from_numpy(level).to(device) for level in levels]
 
-    def _pick(self, rng, shape):
-        """Draw the rules 0..m-1 of symbols: an array of this shape."""
+    def pick(self, rng, shape):
+        """Draw which of the rules 0..m-1 each symbol uses: an integer array of this shape."""
         if self.zipf:
             ends = self.p.cumsum(0)[:-1].numpy()
             return np.searchsorted(ends, rng.random(shape), side="right")
-        # drawing is the slow part: one number below m^k gives k picks, its digits in base m
-        picks = several_picks(self.m)
-        size, (n, k) = math.prod(shape), picks.shape
-        drawn = rng.integers(n, size=math.ceil(size / k), dtype=np.min_scalar_type(n - 1))
-        # a few too many, if k does not divide size
-        return picks.take(drawn, axis=0).reshape(-1)[:size].reshape(shape)
+        return rng.integers(self.m, size=shape, dtype=np.min_scalar_type(self.m - 1))
 
     def parse(self, x):
         """Invert sample: integer strings (P, s^L) -> levels, on x's device. Raises
         ValueError naming the first tuple that no rule gives."""
-        levels = [self._strings(x).to(torch.uint8, copy=True)]
+        x, _ = as_strings(x, self.v, self.s, self.L)
+        levels = [x]
         for l in range(self.L):
             tuples = levels[l].unflatten(1, (-1, self.s))   # (P, n, s)
             code = tuple_codes(tuples, self.v)
             # find each tuple among the sorted rules
-            rules = self.rules[l].flatten(0, 1).to(code.device)        # (v m, s)
+            rules = self.rules[l].flatten(0, 1).to(x.device)           # (v m, s)
             rules, order = tuple_codes(rules, self.v).sort()
             place = torch.searchsorted(rules, code).clamp(max=len(rules) - 1)
             wrong = (rules[place] != code).nonzero()        # rows of (string, tuple)
@@ -174,12 +165,6 @@ class Grammar:
             levels.append((order[place] // self.m).to(torch.uint8))
         return levels
 
-    def _strings(self, x):
-        x = whole_numbers("x", x, self.v)
-        if x.ndim != 2 or x.shape[1] != self.s**self.L:
-            raise ValueError(f"x: the shape must be (P, s^L) = (P, {self.s**self.L})")
-        return x
-
     def swap(self, levels, l, kind, seed=0):
         """Replace, in every string, the tuple under one random level-l node by another
         valid one, and resample all below it (figures 5 and 13).
@@ -188,11 +173,9 @@ class Grammar:
         "generic": any other tuple, whose parent then stands at the node; nothing above it
         changes, so that no rule may give the new string. levels: what sample or parse returns.
         Returns new levels and the nodes, (P,) int64. A seed picks the same nodes for both kinds."""
-        check_whole("l", l, 1, self.L)
-        if kind not in ("synonym", "generic"):
-            raise ValueError(f"kind: must be synonym or generic, not {kind!r:.20}")
-        if kind == "synonym" and self.m == 1:
-            raise ValueError("m: must be 2 or more, a single rule has no synonyms")
+        check_range("l", l, 1, self.L)
+        if kind == "synonym":
+            check_range("m", self.m, 2, self.m)
         rng, s, m, P = generator("swap", seed), self.s, self.m, len(levels[0])
         rules = [rule.numpy().reshape(-1, s) for rule in self.rules]   # (v m, s)
         swapped = [level.cpu().numpy().copy() for level in levels]
@@ -216,13 +199,12 @@ class Grammar:
         for k in reversed(range(l)):
             h = rules[k][rule].reshape(P, -1)               # (P, s^(l-k))
             swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
-            rule = h.astype(int) * m + self._pick(rng, h.shape)
+            rule = h.astype(np.int64) * m + self.pick(rng, h.shape)
         device = levels[0].device
         swapped = [torch.from_numpy(level).to(device) for level in swapped]
         return swapped, torch.from_numpy(node).to(device)
 
-    # ------------------------------------------------------------------------------------
-    # the population: what an infinite sample would show, from the rules alone
+    # ---- the population: what an infinite sample would show, from the rules alone ------
 
     def transition(self, l):
         """(s, v, v) float64: entry [k, a, b] is the probability that a level-(l+1) symbol
@@ -257,14 +239,19 @@ class Grammar:
         never stands there. Synonyms share it whatever the target, which is why clustering
         contexts finds the parents. The paper's targets are an element of a cousin
         (target_level = l), a token under a cousin (0), and the root label (L, n = 0).
-        Raises ValueError, naming n, if the target lies within the tuple."""
-        s = self.s
+        Raises ValueError, naming what is out of range, or n if it lies within the tuple."""
+        s, L = self.s, self.L
+        check_range("l", l, 0, L - 1)
+        check_range("t", t, 0, s ** (L - l - 1) - 1)
+        check_range("target_level", target_level, 0, L)
+        check_range("n", n, 0, s ** (L - target_level) - 1)
         # climb to the lowest common ancestor, on level c, and see what it is
         c = max(l + 1, target_level)
         while t // s ** (c - l - 1) != n // s ** (c - target_level):
             c += 1
         if c == l + 1 > target_level:
             raise ValueError(f"n: node {n} lies within tuple {t} of level {l}")
+
         p = self.marginal(c, t // s ** (c - l - 1))
         if c == target_level:  # the target is an ancestor
             joint = (p[:, None] * self.descend(c, l + 1, t)).T
@@ -281,13 +268,12 @@ class Grammar:
         square distance for level-l tuples, over all pairs of parents, all positions and
         all targets that cluster.py counts (for joint: the parent of a cousin tuple)."""
         v, s, L = self.v, self.s, self.L
-        check_memory("depth", 24 * s ** (L - 1) * v**2, "contexts of the root")
         W = [self.transition(l) for l in range(L)]          # (s, v, v) each
         I = torch.eye(v, dtype=torch.float64)
         found = {"latent": [], "token": [], "root": [], "joint": []}
 
         # from the root down: the distribution of symbols, averaged over the nodes of a level,
-        # and for target root P(root, symbol) of each node, since it differs between nodes
+        # and for target root P(root, symbol), which differs between nodes
         mean = {L: I.mean(0)}                               # (v,) each
         with_root = I[None] / v                             # (n, v, v)
         for l in reversed(range(1, L)):
@@ -307,8 +293,7 @@ class Grammar:
                 found[target].append(distance_of_contexts(torch.stack(pairs), inner))
         return found
 
-    # ------------------------------------------------------------------------------------
-    # exact inference
+    # ---- exact inference ---------------------------------------------------------------
 
     @torch.enable_grad()
     def posterior(self, x, visible):
@@ -318,11 +303,10 @@ class Grammar:
         x: (P, s^L) integers, not read where hidden; visible: bool, (P, s^L) or (s^L,).
         Raises ValueError, naming a string, if no derivation gives its visible tokens."""
         v, s, m, L = self.v, self.s, self.m, self.L
-        x, visible = whole_numbers("x", x).cpu(), torch.as_tensor(visible).cpu()
+        x, visible = torch.as_tensor(x).cpu(), torch.as_tensor(visible).cpu()
         if visible.dtype != torch.bool or visible.shape not in (x.shape, x.shape[1:]):
             raise ValueError(f"visible: must be bool, (P, {s**L}) or ({s**L},)")
-        x = self._strings(x * visible)
-        check_memory("x", self.posterior_bytes(len(x)), "exact inference")
+        x, _ = as_strings(x * visible, v, s, L)
 
         # up: how likely the tokens beneath a node are, given its symbol, up to a factor
         token = F.one_hot(x.long(), v).double()
@@ -346,11 +330,23 @@ class Grammar:
         # down: the evidence is linear in the likelihoods of any one node, so that the posterior
         # of its symbols is likely * d log(evidence) / d likely
         slopes = torch.autograd.grad(log_evidence, messages)
-        return [(likely * slope).detach() for likely, slope in zip(messages, slopes)]
+        pairs = zip(messages, slopes)
+        # what should be 0 may come out as -1e-17, of which there is no logarithm
+        return [(likely * slope).detach().clamp(min=0) for likely, slope in pairs]
 
-    def posterior_bytes(self, P):
-        """What exact inference on P strings needs: the products over each rule's children."""
-        return 16 * P * self.s ** (self.L - 1) * self.v * self.m * (2 * self.s + 1)
+
+def check_sizes(v, s, m, L):
+    """Raise ValueError, naming the size, unless a grammar of these can be stored: a symbol
+    in a byte, a tuple in 63 bits, a string of at most 2^24 tokens."""
+    check_range("v", v, 2, 256)
+    check_range("s", s, 2, math.ceil(63 / math.log2(v)) - 1)
+    check_range("m", m, 1, v ** (s - 1))
+    check_range("depth", L, 2, int(24 / math.log2(s) + 1e-9))
+
+
+def check_range(name, number, low, high):
+    if not low <= number <= high:
+        raise ValueError(f"{name}: must be from {low} to {high}, not {number}")
 
 
 def distance_of_contexts(joint, inner):
@@ -379,18 +375,9 @@ def generator(stream, seed):
     """A numpy generator. seed: a whole number or a tuple of them. Streams of one seed, such as
     the rules and the strings, are independent if their names differ in the first 4 letters."""
     seed = seed if isinstance(seed, tuple) else (seed,)
-    for part in seed:
-        check_whole("seed", part, 0)
     # its length too, or (1,) and (1, 0) would be one seed
     name = int.from_bytes(stream.encode()[:4], "little")
-    return np.random.default_rng([name, len(seed), *map(int, seed)])
-
-
-@lru_cache
-def several_picks(m):
-    """(m^k, k): all ways in which k symbols pick one of m rules each, k = 8 at most."""
-    k = max((k for k in (2, 4, 8) if m**k <= 2**14), default=1)
-    return digits(np.arange(m**k), m, k).astype(np.min_scalar_type(m - 1))
+    return np.random.default_rng([name, len(seed), *map(operator.index, seed)])
 
 
 def digits(codes, base, n):
@@ -401,9 +388,9 @@ def digits(codes, base, n):
 
 def tuple_codes(tuples, v):
     """(..., s) integer tuples -> (...) int64, the number that each spells in base v."""
-    code = tuples[..., 0].to(torch.int64, copy=True)
+    code = tuples[..., 0].long()
     for k in range(1, tuples.shape[-1]):
-        code.mul_(v).add_(tuples[..., k].long())            # in place: cluster's hot loop
+        code = code * v + tuples[..., k]
     return code
 
 
@@ -412,21 +399,16 @@ def cousins(s, device="cpu"):
     return torch.tensor([[j for j in range(s) if j != i] for i in range(s)], device=device)
 
 
-# ----------------------------------------------------------------------------------------
-# the score
+# ---- the score -------------------------------------------------------------------------
 
 
 def accuracy(estimate, truth, v):
     """Fraction of labels that are right under the best one-to-one matching of estimated
-    ids with true symbols, 0..v-1; 0 if there are none. Both are integer tensors of one
-    shape; a negative id means unknown and counts as wrong."""
-    estimate, truth = whole_numbers("estimate", estimate), whole_numbers("truth", truth, v)
+    ids with true symbols, 0..v-1. Both are integer tensors of one shape; a negative id
+    means unknown and counts as wrong."""
     if estimate.shape != truth.shape:
         raise ValueError(f"estimate: must have the shape of truth, {tuple(truth.shape)}")
-    if truth.numel() == 0:
-        return 0.0
     ids = max(v, int(estimate.max()) + 1)
-    check_memory("estimate", 8 * ids * v, f"ids up to {ids - 1}")
     # how often each id stands for each symbol
     known = estimate >= 0
     cells = estimate[known].long() * v + truth[known]
@@ -441,8 +423,6 @@ def best_matching(table):
     free column. On the path each row gives its column to the row before and takes the next.
     Then the costs are reduced by the distances found: no joined row has one below 0."""
     score = np.asarray(table, dtype=float)
-    if score.ndim != 2 or not np.isfinite(score).all():
-        raise ValueError("table: must be (rows, columns) of finite numbers")
     if score.shape[0] > score.shape[1]:
         score = score.T
     # one column more, the last, where a row waits until its path is found
@@ -479,431 +459,221 @@ def linear_probe(features, labels, v):
     (..., d) features to (..., v) scores."""
     one_hot = F.one_hot(labels.long(), v).to(features)      # (n, v)
     mean, centre = features.mean(0), one_hot.mean(0)
-    centred, n, d = features - mean, *features.shape
-    if n < d:  # the dual form: the same weights from n equations instead of d
-        gram, moment = centred @ centred.T / n, (one_hot - centre) / n
-    else:
-        gram, moment = centred.T @ centred / n, centred.T @ (one_hot - centre) / n
+    centred, (n, d) = features - mean, features.shape
     # without the ridge, features that are copies of each other have no solution
-    ridge = RIDGE * torch.eye(len(gram), dtype=torch.float64)
-    weight = torch.linalg.solve(gram.cpu().double() + ridge, moment.cpu().double())
-    weight = weight.to(features)
-    weight = centred.T @ weight if n < d else weight        # (d, v)
+    gram = (centred.T @ centred / n).cpu().double() + RIDGE * torch.eye(d, dtype=torch.float64)
+    moment = (centred.T @ (one_hot - centre) / n).cpu().double()
+    weight = torch.linalg.solve(gram, moment).to(features)  # (d, v)
     return lambda h: (h - mean) @ weight + centre
 
 
-# ----------------------------------------------------------------------------------------
-# what the scripts share: checks, settings, files and command lines
-
-
-def check_whole(name, value, low, high=2**31 - 1):
-    """Raise ValueError, naming the argument, unless value is a whole number in range."""
-    # numpy's whole numbers are Integral too, and unfortunately True is
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integral or not low <= value <= high:
-        raise ValueError(f"{name}: must be a whole number from {low} to {high}")
-
-
-def whole_numbers(name, x, v=None):
-    """x (tensor, array or lists) as a tensor of integers, from 0 to v-1 if v is given. Raises
-    ValueError, naming the argument, if it holds anything else."""
-    try:
-        x = torch.as_tensor(x)
-        torch.iinfo(x.dtype)                # a TypeError unless x holds integers
-        if x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            x = x.long()                    # torch has no min of uint16, uint32 and uint64
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{name}: must hold whole numbers, in rows of one length") from None
-    if v is not None and x.numel() > 0:
-        low, high = int(x.min()), int(x.max())
-        if low < 0 or high >= v:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name}: must hold symbols 0..{v - 1}, not {wrong}")
-    return x
-
-
-def check_sizes(v, s, m=1, L=2):
-    """Raise ValueError, naming the size, unless a grammar of these can be stored: a symbol
-    in a byte, a tuple in 63 bits, a string of at most 2^24 tokens."""
-    check_whole("v", v, 2, 256)
-    check_whole("s", s, 2, math.ceil(63 / math.log2(v)) - 1)
-    check_whole("m", m, 1, v ** (s - 1))
-    check_whole("depth", L, 2, int(24 / math.log2(s) + 1e-9))
-    # numpy lists all v^s tuples to draw v m of them, unless v^s is over 50 v m
-    drawn = 8 * min(v**s, 50 * v * m)
-    check_memory("m", drawn + 16 * v * m * s * (L + 3), "the rules")
-
-
-def check_memory(name, need, what):
-    """Raise ValueError, naming the argument, if work would need more than MEMORY bytes."""
-    if need > MEMORY:
-        needed, there = need / 2**30, MEMORY / 2**30
-        raise ValueError(f"{name}: {what} would need {needed:.3g} GiB, {there:.3g} at most")
-
-
-def strings_bytes(P, s, L):
-    """Bytes of P derivations, one for every node of every level."""
-    return P * sum(s**l for l in range(L + 1))
+# ---- what the learners and their scripts share: strings, settings, flags, files --------
 
 
 def as_strings(x, v, s, L=None):
-    """Anyone's strings, of symbols 0..v-1 -> ((P, s^L) uint8 tensor on x's device, L).
-    L: the depth that they must have, if given. Raises ValueError, naming x."""
-    check_sizes(v, s)
-    x = whole_numbers("x", x, v)
+    """Anyone's strings, of symbols 0..v-1: an integer tensor, an array, or a list of either ->
+    ((P, s^L) uint8 tensor on x's device, L). L: the depth they must have. Raises ValueError."""
+    if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0]):
+        x = torch.stack(list(x))
+    if not torch.is_tensor(x):
+        x = np.asarray(x)
+        x = x.astype(np.int64, order="C") if x.dtype.kind in "iu" else x.astype(float)
+        x = torch.from_numpy(x)             # which takes no foreign byte orders, no views
+    if x.is_floating_point() or x.numel() and not 0 <= x.min() <= x.max() < v:
+        raise ValueError(f"x: must hold whole numbers, symbols 0..{v - 1}")
     length = x.shape[1] if x.ndim == 2 and len(x) else 0    # 0: refused below
     depth = round(math.log(max(length, 1), s))
     if depth < 2 or length != s**depth or L not in (None, depth):
-        wanted = f"{s}^L), P >= 1, L >= 2" if L is None else f"{s**L}), P >= 1"
-        raise ValueError(f"x: must be (P, {wanted}, not {tuple(x.shape)}")
+        raise ValueError(f"x: must be (P, {s}^{L or 'L'}), not {tuple(x.shape)}")
     return x.to(torch.uint8), depth
 
 
-def check_runs(xs, v, s, seeds, device=None):
-    """Check the data of several runs. xs: for each run its strings (P, s^L), or a Grammar.
-
-    Returns (runs, L, P, device): runs, xs with the strings as uint8 tensors on the device; P, the
-    most strings of a run, 0 if all are grammars. device None: that of the first strings, else
-    the CPU. Raises ValueError, naming the argument, unless all have the given v, s and one L."""
-    runs, sizes = [], set()
-    for x, seed in zip(xs, seeds):
-        check_whole("seed", seed, 0)
-        if isinstance(x, Grammar):
-            sizes.add((x.v, x.s, x.L))
-        else:
-            x, L = as_strings(x, v, s)
-            sizes.add((v, s, L))
-        runs.append(x)
-    if len(seeds) != len(xs) or not runs:
-        counts = f"{len(seeds)} for {len(xs)}"
-        raise ValueError(f"seeds: must be as many as xs, and 1 or more, not {counts}")
-    L = max(L for _, _, L in sizes)
-    if sizes != {(v, s, L)}:
-        raise ValueError(f"x: all runs must have v = {v}, s = {s} and one length")
-    strings = [x for x in runs if not isinstance(x, Grammar)]
-    if device is None:
-        device = strings[0].device if strings else "cpu"
-    check_device(device)
-    runs = [x if isinstance(x, Grammar) else x.to(device) for x in runs]
-    return runs, L, max(map(len, strings), default=0), torch.device(device)
+def setting(default, help, paper=None, allowed=None):
+    """A field of a learner's Config: its default, help for its flag, the paper's value, and what
+    is allowed: words, or the lowest and the highest number."""
+    return field(default=default, metadata={"help": help, "paper": paper, "allowed": allowed})
 
 
-def check_device(device):
-    """Raise ValueError, naming device, unless this machine has it."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there += ["mps", "mps:0"]
-    if str(device) not in there:
-        raise ValueError(f"device: must be {' or '.join(there)} on this machine")
+@dataclass
+class Settings:
+    """What the learners' Configs share. A setting is read alike from a flag, from Python and from
+    the name of a method in a sweep. PRESETS: {name: {setting: value}}, beside "paper"."""
+
+    PRESETS = {}
+
+    @classmethod
+    def of(cls, preset=None, **given):
+        """Defaults, changed by a preset, changed by what is given. Raises ValueError that begins
+        with the setting's name."""
+        paper = {f.name: f.metadata["paper"] for f in fields(cls)}
+        presets = {None: {}, **cls.PRESETS}
+        presets["paper"] = {name: value for name, value in paper.items() if value is not None}
+        if preset not in presets:
+            raise ValueError(f"preset: must be {' or '.join(list(presets)[1:])}, not {preset}")
+        for name in given.keys() - paper.keys():
+            raise ValueError(f"{name}: no such setting; there is preset, {', '.join(paper)}")
+        return cls(**presets[preset] | given)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, allowed = f.type(getattr(self, f.name)), f.metadata["allowed"]
+            setattr(self, f.name, value)                    # numpy's numbers become Python's
+            if allowed and isinstance(value, str) and value not in allowed:
+                raise ValueError(f"{f.name}: must be {' or '.join(allowed)}, not {value}")
+            if allowed and not isinstance(value, str):
+                check_range(f.name, value, *allowed)
+
+    def sized(self, v, s, m, L):
+        """The Config for a grammar of these sizes, or a ValueError that names a setting."""
+        return self
 
 
-class Score(NamedTuple):
-    """What one run of the sweep has learned, measured on fresh strings."""
-
-    accuracy: list      # a float for every level 1..L-1, one more if the root is reported
-    collapsed: list     # a bool for each of these: fewer than v symbols are in use
-    floor: list = None  # the accuracy before training, for each; None: not measured
-    diverged: int = 0   # the first step whose loss or gradient was not finite, or 0
-
-
-class Setting(NamedTuple):
-    """One row of a learner's table of settings, read alike in Python and as a flag."""
-
-    name: str
-    kind: Callable    # reads the value from text: whole, real, choice or switch
-    default: object
-    paper: object     # what the paper uses; None where it has no such thing
-    help: str
-
-
-def read_settings(table, presets, given):
-    """All settings as attributes of one object: the defaults, changed by a preset (the
-    first if none is given), changed by what is given, {name: value}."""
-    kinds = {"preset": choice(*presets)} | {row.name: row.kind for row in table}
-    read = {"preset": next(iter(presets))}
-    for name, value in given.items():
-        if name not in kinds:
-            raise ValueError(f"{name}: no such setting; there is {', '.join(kinds)}")
-        try:
-            # as text, so that Python and the command line are read alike
-            read[name] = kinds[name](str(value))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise ValueError(f"{name.replace('_', '-')}: {error}") from None
-    defaults = {row.name: row.default for row in table}
-    return argparse.Namespace(**defaults | presets[read.pop("preset")] | read)
-
-
-def paper_preset(table):
-    """{setting: the paper's value}, for the settings that the paper has."""
-    return {row.name: row.paper for row in table if row.paper is not None}
-
-
-def add_settings(parser, table, presets):
-    """A flag for every row of a table, and --preset. A flag that is not given is None."""
-    text = f"values of the settings below (default {next(iter(presets))})"
-    parser.add_argument("--preset", choices=presets, help=text)
-    for row in table:
-        flag = "--" + row.name.replace("_", "-")
-        paper = "" if row.paper is None else f"; the paper: {row.paper}"
-        text = f"{row.help} (default {row.default}{paper})"
-        words = getattr(row.kind, "words", None)
-        metavar = "{" + ",".join(words) + "}" if words else None
-        # a switch without a value is true
-        bare = {"nargs": "?", "const": True} if row.kind is switch else {}
-        parser.add_argument(flag, type=row.kind, metavar=metavar, help=text, **bare)
-
-
-def given_settings(table, args):
-    """{name: value} of the flags of add_settings that were given."""
-    names = ["preset", *(row.name for row in table)]
-    given = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def option(read, fits, allowed):
-    """An argparse type: what read makes of a text, if it is a value that fits."""
-
-    def value_of(text):
-        try:
-            value = read(text)
-            if fits(value):
-                return value
-        except (ValueError, KeyError):
-            pass
-        raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:20]!r}")
-
-    return value_of
-
-
-def real(low, high, read=float, name="a number"):
-    fits = lambda number: low <= number <= high
-    return option(read, fits, f"{name} from {low} to {high}")
-
-
-def whole(low, high=2**31 - 1):
-    return real(low, high, int, "a whole number")
-
-
-def choice(*words):
-    kind = option(str, lambda word: word in words, f"one of {', '.join(words)}")
-    kind.words = words                      # for --help
-    return kind
-
-
-def can_be_written(path):
-    if os.path.exists(path):
-        return not os.path.isdir(path) and os.access(path, os.W_OK)
-    folder = os.path.dirname(os.path.realpath(path))
-    return path and os.path.isdir(folder) and os.access(folder, os.W_OK)
-
-
-out_file = option(str, can_be_written, "a file in a folder that exists and can be written to")
-TRUTH = {"true": True, "false": False}
-switch = option(lambda text: TRUTH[text.lower()], lambda value: True, "true or false")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but bad input gives one line that names the flag, and exit code 2."""
-
-    def __init__(self, doc):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
-
-    def error(self, message):
-        if message.startswith("unrecognized arguments: "):
-            near = difflib.get_close_matches(message.split()[2], self._option_string_actions, 1)
-            message += f"; there is {near[0]}" if near else ""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def add_grammar_flags(parser, samples=None):
-    """The flags of one grammar and one sample, in grammar.py and the learners. samples: the
-    default of --samples; if None, there is neither --samples nor --device."""
+def make_parser(doc, samples):
+    """argparse, with the flags of one grammar and of P strings. samples: the default of P."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("--v", type=whole(2, 256), default=8, help="symbols per level (default 8)")
-    add("--s", type=whole(2, 62), default=2, help="children per symbol (default 2)")
-    add("--m", type=whole(1), default=3, help="rules per symbol, at most v^(s-1) (default 3)")
-    add("--depth", type=whole(2, 24), default=3, help="L, levels above the tokens (default 3)")
-    add("--zipf", type=real(0, 10), default=0.0,
-        help="rule j has a probability ~ (j+1)^-zipf (default 0: uniform)")
-    add("--seed", type=whole(0), default=0, help="of all that is random (default 0)")
-    if samples:
-        add("--samples", type=whole(1), default=samples,
-            help=f"P, training strings (default {samples})")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default auto)")
+    add("--v", type=int, default=8, help="symbols per level (default 8)")
+    add("--s", type=int, default=2, help="children per symbol (default 2)")
+    add("--m", type=int, default=3, help="rules per symbol, at most v^(s-1) (default 3)")
+    add("--depth", type=int, default=3, help="L, levels above the tokens (default 3)")
+    add("--zipf", type=float, default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
+    add("--seed", type=int, default=0, help="of all that is random (default 0)")
+    add("--samples", type=int, default=samples, help=f"P, strings (default {samples})")
+    add("--device", type=to_device, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    return parser
 
 
-def grammar_from_flags(parser, args):
-    """The grammar of the flags; an impossible one ends the script with one line, code 2."""
-    try:
-        return Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
-    except ValueError as error:
-        parser.error(f"argument --{error}")
-
-
-def pick_device(parser, name):
-    """auto, cpu, cuda, cuda:N or mps -> a device's name; a missing one ends the script."""
+def to_device(name):
+    """An argparse type: auto, cpu, cuda, cuda:1, mps -> the name of a device that is there."""
     if name == "auto":  # never mps, which we have not tried
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        check_device(name)
-    except ValueError as error:
-        parser.error(f"argument --{error}, or auto")
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:         # the latter if torch has no CUDA
+        raise argparse.ArgumentTypeError(f"no {name} here: {error!s:.60}") from None
     return name
 
 
-def check_files(args):
-    """Raise ValueError, naming the flag, if two of --trace, --save and --resume are the same
-    file, or if --save or --resume exists and is no regular file."""
-    given = [name for name in ("trace", "save", "resume") if getattr(args, name)]
-    for name in given:
-        path = getattr(args, name)
-        if name != "trace" and os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{name}: must be a file, not {path}")
-    for one, other in itertools.combinations(given, 2):
-        if os.path.realpath(getattr(args, one)) == os.path.realpath(getattr(args, other)):
-            raise ValueError(f"{other}: must be another file than that of --{one}")
-
-
-def write_whole(path, write):
-    """Write a file atomically: write(file) fills a binary file beside it, under a unique name,
-    which then replaces it. Raises OSError if that fails."""
-    path = os.path.realpath(path)  # what a link points to is replaced, not the link
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is not a file")
-    part = f"{path}.{uuid.uuid4().hex}.part"
+def read_flags(doc, samples, targets, Config, files=()):
+    """A learner's command line -> (args, its Grammar, its Config). A wrong flag ends the script
+    before the work, with one line that names it. files: {flag: help} of files to be written."""
+    parser = make_parser(doc, samples)
+    parser.add_argument("--target", choices=targets, default="latent", help="what is predicted")
+    # a setting that is not given leaves no trace
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--preset", help=f"values of many settings: {', '.join(['paper', *Config.PRESETS])}")
+    for f in fields(Config):
+        text = f"{f.metadata['help']} (default {f.default}; the paper: {f.metadata['paper']})"
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        add("--" + f.name.replace("_", "-"), help=text, **kind)
+    for flag, text in dict(files).items():
+        parser.add_argument(f"--{flag}", metavar="FILE", help=text)
+    args = parser.parse_args()
+    names = {"preset", *(f.name for f in fields(Config))}
+    settings = {name: value for name, value in vars(args).items() if name in names}
     try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    except RuntimeError:                    # torch.save raises it on a full disk
-        raise OSError(f"{path} cannot be written") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        grammar = Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
+        config = Config.of(**settings).sized(args.v, args.s, args.m, args.depth)
+        check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
+        for path in filter(None, (getattr(args, flag) for flag in files)):
+            open(path, "ab").close()                        # fails now, not after the work
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --{error}" if isinstance(error, ValueError) else str(error))
+    return args, grammar, config
 
 
-def open_trace(path, columns, step):
-    """Open a CSV file for the rows of a run from this step on; path None drops them. At step 1,
-    or if it has other columns, the file is emptied; else the rows of earlier steps stay."""
-    header = ",".join(columns)
-    if path is None or step == 1 or not os.path.exists(path):
-        file = open(path or os.devnull, "w")
-        print(header, file=file, flush=True)
-        return file
-    with open(path, errors="replace") as file:
-        lines = file.read().split("\n")[:-1]    # a last line without an end was cut by a kill
-    earlier = {str(n) for n in range(step)} if lines[:1] == [header] else ()
-    rows = [row for row in lines if row.partition(",")[0] in earlier]
-    text = "\n".join([header, *rows]) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-    return open(path, "a")
+def step_generator(seed, step):
+    """The generator of one training step, on the CPU. It depends on nothing else, so that a
+    training can be resumed after any step."""
+    # torch reads 32 bits of a seed, into which numpy mixes both numbers
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
 
 
-class Checkpoint:
-    """The state of a training in a file, from which a killed one continues; on a CPU the result
-    is the same to the byte. If file is None, load and save do nothing.
-
-    parts: {name: what has a state_dict}; generators: the torch.Generators that steps draw
-    from; xs: the strings or grammars of all runs; about: {name: number or text}, what else
-    must be the same when the training continues."""
-
-    def __init__(self, file, parts, generators, xs, about):
-        self.file, self.parts, self.generators = file, parts, generators
-        self.written = time.monotonic()
-        self.about = dict(about)
-        if file is not None:
-            self.about["strings"] = digest(xs)
-
-    def load(self):
-        """Set all parts and generators to the state in the file. Returns (step, rest) as save
-        got them, or (0, {}) if there is no file yet. Raises ValueError, naming resume, if the
-        file is of another training."""
-        if self.file is None or not os.path.exists(self.file):
-            return 0, {}
-        try:
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
-            old = saved["about"]
-            changed = [name for name in self.about if old.get(name) != self.about[name]]
-            if not changed:
-                for name, part in self.parts.items():
-                    part.load_state_dict(saved["states"][name])
-                for generator, state in zip(self.generators, saved["generators"]):
-                    generator.set_state(state)
-                return saved["step"], saved["rest"]
-            name = changed[0]
-            both = f"{old.get(name)!r:.20} there, {self.about[name]!r:.20} here"
-            reason = f"is of another run: {name} is {both}"
-        except Exception as error:  # whatever foreign bytes lead to
-            reason = "holds no training: " + str(error).partition("\n")[0]
-        raise ValueError(f"resume: {self.file} {reason}")
-
-    def save(self, step, rest, last=False):
-        """Write the state after a step if SAVE_EVERY seconds have passed since the last time, or
-        if it is the last step. rest: a dict of what else the loop needs to continue."""
-        if self.file is None:
-            return
-        if last or time.monotonic() - self.written >= SAVE_EVERY:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            generators = [generator.get_state() for generator in self.generators]
-            saved = {"about": self.about, "step": step, "rest": rest}
-            saved |= {"states": states, "generators": generators}
-            write_whole(self.file, partial(torch.save, saved))
-            self.written = time.monotonic()
+def load_state(file, about, parts):
+    """Set parts, {name: what has a state_dict}, to the state of a training in a file. Returns the
+    step it was written after, 0 if the file is None or new. about: a dict that must be the same in
+    both runs. Raises ValueError, naming resume, or OSError if the file can't be written."""
+    if file is None:
+        return 0
+    open(file, "ab").close()                                # fails now, not after a minute
+    if os.path.getsize(file) == 0:
+        return 0
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    differ = [name for name in about if saved.get("about", {}).get(name) != about[name]]
+    if differ:
+        raise ValueError(f"resume: {file} is of a run with another {', '.join(differ)}")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"]
 
 
-def digest(xs):
-    """The SHA-256 of a list of strings (P, T) and grammars, as hex digits."""
-    sha = hashlib.sha256()
-    for x in xs:
-        parts = [*x.rules, x.p] if isinstance(x, Grammar) else [x]
-        for part in parts:
-            sha.update(str(part.shape).encode())
-            sha.update(part.cpu().contiguous().numpy())
-    return sha.hexdigest()
+def save_state(file, about, parts, step, is_last):
+    """Write what load_state reads, if the file is a minute old or the step is the last."""
+    if file and (is_last or time.time() - os.path.getmtime(file) > SAVE_EVERY):
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({"about": about, "step": step, **state}, f"{file}.part")
+        os.replace(f"{file}.part", file)
 
 
-def terminate(number, frame):
-    """What SIGTERM does: the same as Ctrl-C, with a name that tells them apart."""
-    raise KeyboardInterrupt("SIGTERM")
+def checksum(x):
+    """A number that tells strings (P, T), or a Grammar, from others."""
+    data = torch.stack(x.rules) if isinstance(x, Grammar) else x
+    return zlib.crc32(data.cpu().contiguous().numpy())
 
 
-def run_script(main):
-    """Call a script's main. If Ctrl-C, SIGTERM, a full disk or too little memory ends it, print
-    one line and no traceback; if the reader has gone (`| head`), print nothing."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")    # None if the caller closed it
-        setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):  # a terminal may lack letters of a path
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, terminate)
+def save_network(network, file):
+    """Write the sizes, settings and weights of a network, for load_network."""
+    sizes = {name: getattr(network, name) for name in ("v", "s", "L", "target")}
+    saved = {**sizes, "config": vars(network.config), "weights": network.state_dict()}
+    torch.save(saved, file)
+
+
+def load_network(Network, Config, file):
+    """A network that save_network wrote, on the CPU. Raises ValueError for any other file."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        config, weights = Config(**saved.pop("config")), saved.pop("weights")
+        network = Network(config=config, **saved).eval()
+        network.load_state_dict(weights)
+    except (UnpicklingError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"file: {file} holds no {Network.__name__}: {error}") from None
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise ValueError(f"file: {file} has weights that are not finite")
+    return network
+
+
+def open_trace(path, columns):
+    """A CSV file to append rows to; path None drops them. After a resume some rows come twice."""
+    file = open(path or os.devnull, "a")
+    if file.tell() == 0:
+        print(*columns, sep=",", file=file, flush=True)
+    return file
+
+
+def ranks():
+    """(rank, world size, local rank) as torchrun sets them, [0, 1, 0] without it."""
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if None in found and found != [None] * 3:
+        sys.exit("RANK, WORLD_SIZE and LOCAL_RANK: all are set, as by torchrun, or none")
+    return [0, 1, 0] if None in found else list(map(int, found))
+
+
+def run(main):
+    """Call a script's main; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
     try:
         main()
         sys.stdout.flush()
-        return
-    except KeyboardInterrupt as stop:
-        code, line = 1 if stop.args else 130, "stopped"
-        print(file=sys.stderr)  # the line that ^C or a progress bar stands on ends here
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         # Python flushes stdout once more at exit, and that must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except OSError as error:  # a full disk among them
-        code, line = 1, f"{error.filename or 'output'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class for lack of memory on a GPU; on a CPU only the message tells
-        known = MemoryError, torch.OutOfMemoryError
-        if not isinstance(error, known) and "not enough memory" not in str(error):
-            raise
-        code, line = 1, "out of memory; fewer or shorter strings need less"
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-    raise SystemExit(code)
+        sys.exit(1)
 
 
-# ----------------------------------------------------------------------------------------
-# alone
+# ---- alone -----------------------------------------------------------------------------
 
 
 def show(grammar, levels):
@@ -920,94 +690,53 @@ def show(grammar, levels):
         print(f"level {l}  " + "".join(f"{a:<{width}}" for a in symbols).rstrip())
 
 
-def save_strings(path, grammar, levels):
-    """Write levels, rules and zipf as an .npz, which Grammar.load reads the rules from."""
-    arrays = {f"level{l}": level.numpy() for l, level in enumerate(levels)}
-    arrays |= {f"rules{l}": rule.numpy() for l, rule in enumerate(grammar.rules)}
-    arrays["zipf"] = np.array(grammar.zipf)
-    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
-
-
-def show_contrast(grammars, path):
-    """Print Grammar.contrast, root mean square over grammars of one size, and the number of
-    strings P at which sampling noise is as large. path: of a CSV file, or None."""
+def contrast_rows(grammars):
+    """Grammar.contrast as lines of a CSV file: its root mean square over grammars of one size,
+    and the number of strings P at which sampling noise is as large."""
     g, found = grammars[0], [grammar.contrast() for grammar in grammars]
-    print(f"{g}, {len(grammars)} of them: how far apart parents' contexts are,")
-    print("and P where the noise sqrt(v m / P) is as large\n")
-    print("level  target  distance         P")
-    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P_noise"]  # of the CSV file
+    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P_noise"]
     sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
     for level, target in itertools.product(range(1, g.L), found[0]):
         # parents on this level are the parents of tuples one level below
         squares = [one[target][level - 1] ** 2 for one in found]
         contrast = math.sqrt(sum(squares) / len(squares))
+        # a tuple is seen P / (v m) times, so its context is known to sqrt(v m / P)
         P = g.v * g.m / contrast**2 if contrast else math.inf
-        print(f"{level:5}  {target:6}  {contrast:8.3f}  {P:8.3g}")
         lines.append(f"{sizes},{target},{level},{contrast:.6g},{P:.6g}")
-    if path:
-        text = "\n".join(lines) + "\n"
-        write_whole(path, lambda file: file.write(text.encode()))
-
-
-def sample_plainly(grammar, P):
-    """The sampler in int64, in one piece: the yardstick of --bench. Uniform rules only."""
-    levels = [torch.randint(grammar.v, (P, 1))]
-    for rules in reversed(grammar.rules):
-        pick = torch.randint(grammar.m, levels[0].shape)
-        levels.insert(0, rules.long()[levels[0], pick].reshape(P, -1))
-    return levels
-
-
-def bench(grammar):
-    """Print tokens per second on one core, the best of five, of both samplers."""
-    torch.set_num_threads(1)
-    P = max(1, 2**24 // grammar.s**grammar.L)
-    samplers = {"this": grammar.sample, "plain int64": partial(sample_plainly, grammar)}
-    for name, sampler in samplers.items():
-        seconds = min(timeit.repeat(partial(sampler, P), number=1, repeat=5))
-        speed = P * grammar.s**grammar.L / seconds / 1e6
-        print(f"{name:11} sampler {speed:8.0f} million tokens per second")
+    return lines
 
 
 def main():
-    parser = Parser(__doc__)
-    add_grammar_flags(parser)
+    parser = make_parser(__doc__, samples=1)
     add = parser.add_argument
-    add("--samples", type=whole(1), default=1, help="P, derivations to draw (default 1)")
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--save", metavar="FILE.npz", type=out_file, help="write strings, levels and rules")
-    one("--bench", action="store_true", help="time the sampler instead")
-    one("--contrast", action="store_true", help="how far apart parents' contexts are instead")
-    add("--csv", metavar="FILE", type=out_file, help="with --contrast: write it to a file")
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--seeds", type=whole(1, 1000), help="with --contrast: average so many grammars")
-    one("--load", metavar="FILE", help="take the rules from an .npz or .npy instead")
+    add("--load", metavar="FILE", help="rules from an .npz or .npy; rules[0] makes the tokens")
+    add("--save", metavar="FILE.npz", help="write strings, levels and rules")
+    add("--contrast", action="store_true", help="how far apart parents' contexts are, as CSV")
+    add("--seeds", type=int, default=1, help="with --contrast: average so many grammars")
     args = parser.parse_args()
-    # the other tasks have no use for these two
-    for flag in ("seeds", "csv"):
-        if getattr(args, flag) is not None and not args.contrast:
-            parser.error(f"argument --{flag}: only goes with --contrast")
-
     try:
-        if args.load is not None:
+        if args.load:
+            sizes = [f for f in ("v", "s", "m", "depth", "zipf")
+                     if getattr(args, f) != parser.get_default(f)]
+            if sizes:
+                print(f"--load decides: --{', --'.join(sizes)} ignored", file=sys.stderr)
             grammars = [Grammar.load(args.load)]
         else:
-            seeds = range(args.seed, args.seed + (args.seeds or 1))
             sizes = args.v, args.s, args.m, args.depth
+            seeds = range(args.seed, args.seed + max(1, args.seeds))
             grammars = [Grammar.random(*sizes, seed, args.zipf) for seed in seeds]
-        if args.contrast:
-            return show_contrast(grammars, args.csv)
-        if args.bench:
-            return bench(grammars[0])
-        levels = grammars[0].sample(args.samples, args.seed)
+        levels = grammars[0].sample(args.samples, args.seed, args.device)
     except ValueError as error:
         parser.error(f"argument --{error}")
-    if args.save:
-        save_strings(args.save, grammars[0], levels)
-        print(f"wrote {args.samples} strings, their levels and the rules")
+
+    if args.contrast:
+        print("\n".join(contrast_rows(grammars)))
     else:
         show(grammars[0], levels)
+    if args.save:
+        grammars[0].save(args.save, levels)
+        print(f"wrote {args.samples} strings, their levels and the rules to {args.save}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)
