@@ -47,19 +47,23 @@ BLOCK = 100                 # steps whose fresh strings are drawn at once
 
 @dataclass
 class Config(Settings):
+    # the encoder
     encoder: str = setting("tree", "tree or transformer: is the tree known?", "transformer")
     width: int = setting(32, "d, features of a position or node", 2048)
     hidden: int = setting(64, "hidden units of the two-layer networks", 8192)
     layers: int = setting(3, "blocks of the transformer", 8)
     heads: int = setting(4, "heads of the transformer's attention", 32)
     dropout: float = setting(0.0, "of the transformer", 0.1, (0, 0.9))
+    # the target
     average_top_k: int = setting(3, "K, how many of the last maps are the target", 4, (1, 100))
+    # what is seen and what is hidden
     online: bool = setting(False, "always fresh strings instead of P fixed ones", True)
     steps: int = setting(5000, "optimiser steps; an online sweep: P / batch", 262144, (1, 10**9))
     batch: int = setting(64, "strings a step", 512, (1, 2**20))
     mask: float = setting(0.15, "chance of hiding a node; 1 or more per string", 0.15, (0, 1))
     mask_block: str = setting(
         "0", "level of hidden nodes; top: L-2; mixed: each string draws from 0..L-2", "0")
+    # how it is trained
     ema_decay: float = setting(0.97, "of the teacher, a step", 0.99, (0, 1))
     lr: float = setting(4e-3, "learning rate of AdamW", 1e-4)
     weight_decay: float = setting(0.3, "of AdamW, on matrices and embeddings", 0.01)
@@ -120,7 +124,7 @@ class TreeEncoder(nn.Module):
     def __init__(self, v, s, L, config):
         super().__init__()
         d, hidden, self.siblings = config.width, config.hidden, s * config.width
-        self.embed = nn.Embedding(v + 1, d)
+        self.embed = nn.Embedding(v + 1, d)                     # v stands for a hidden token
 
         def two_layers(inputs, outputs):
             return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
@@ -181,7 +185,7 @@ class Data2vec(nn.Module):
             raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
         self.v, self.s, self.L, self.target, self.config = v, s, L, target, config
         self.encoder = ENCODERS[config.encoder](v, s, L, config)
-        with torch.no_grad():
+        with torch.no_grad():                                   # one string, to count the maps
             n_maps = len(self.encoder(torch.zeros(1, s**L, dtype=torch.long)))
         self.K = min(config.average_top_k, n_maps)
         n_heads = self.K if target in ("stacked", "several") else 1
@@ -192,7 +196,7 @@ class Data2vec(nn.Module):
         """(B, T) tokens and where they are hidden, bool -> from each head (B, T, d), or for
         target token scores (B, T, v)."""
         maps = self.encoder(x.masked_fill(hidden, self.v))
-        sources = maps[-1:] * len(self.heads)
+        sources = maps[-1:] * len(self.heads)                   # all heads read the last map
         if self.target == "stacked":
             # each head has a map of its own
             sources = [pool(h, x.shape[1]) for h in maps[-self.K :]]
@@ -236,7 +240,8 @@ class Data2vec(nn.Module):
         """Accuracies on fresh strings of a grammar: of levels 1..L-1 on synonyms that the probe
         has not seen, from the best map; then of the root, by the paper's MLP probe of the last
         map's mean. Raises ValueError if m = 1, as there are no synonyms then."""
-        right, _ = unseen_synonyms(self.features, grammar, seed)
+        right = unseen_synonyms(self.features, grammar, seed)
+        # strings that no training saw
         train = grammar.sample(PROBE_STRINGS, (seed, 3))
         test = grammar.sample(TEST_STRINGS, (seed, 1))
         known, fresh = (self.features(h[0])[-1].mean(1) for h in (train, test))     # (P, d)
@@ -257,6 +262,7 @@ def untrained(v, s, L, target, config, seed):
         for name, w in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(w)
+            # embeddings keep their unit variance: 0.02, as in language models, does not learn
             elif w.ndim == 2 and not name.endswith(("embed.weight", "position.weight")):
                 nn.init.xavier_normal_(w)
     return model
@@ -272,7 +278,8 @@ def draw_mask(B, L, s, rate, block, rng):
     for level in levels:
         draw = torch.rand(B, s ** (L - level), generator=rng)
         certain = draw == draw.min(1, keepdim=True).values
-        masks.append((certain | (draw < rate)).repeat_interleave(s**level, 1))
+        nodes = certain | (draw < rate)                         # (B, s^(L-level))
+        masks.append(nodes.repeat_interleave(s**level, 1))      # (B, s^L)
     # every string picks one of the levels that it may have
     pick = torch.randint(len(masks), (B,), generator=rng)
     return torch.stack(masks)[pick, torch.arange(B)]
@@ -292,6 +299,7 @@ def batches(x, config, s, L, seed, done, device):
         if not isinstance(x, Grammar):
             rows = x[torch.randint(len(x), (B,), generator=rng).to(device)]
         else:
+            # many steps' strings at once, or drawing would take as long as training
             if fresh is None or i == 0:
                 fresh = x.sample(BLOCK * B, (seed, 2, block), device)[0]
             rows = fresh[i * B : (i + 1) * B]
@@ -342,6 +350,7 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
     drawn = batches(x, config, student.s, student.L, seed, done, device)
     bar = tqdm(drawn, initial=done, total=config.steps, disable=not progress or rank > 0)
     for step, (batch, hidden) in enumerate(bar, done + 1):
+        # divided by this, the mean loss of all processes is that of the whole batch
         count = hidden.sum() / world
         batch, hidden = batch[rank::world], hidden[rank::world]
         if config.dropout:                                      # it takes no generator
@@ -387,7 +396,9 @@ def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=Non
         x, L = as_strings(x, v, s)
         x = x.to(device or x.device)
         device = x.device
-    config = Config.of(**settings).sized(v, s, 2, L)        # m of given strings is unknown
+    config = Config.of(**settings).sized(v, s, 2, L)            # m of given strings is unknown
+    if config.online and not isinstance(x, Grammar):
+        raise ValueError("online: needs a Grammar in place of x")
     student = untrained(v, s, L, target, config, seed).to(device)
     with torch.random.fork_rng():                               # dropout seeds it
         return train(student, x, seed, callback, resume, progress)
@@ -397,34 +408,30 @@ def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=Non
 
 
 def unseen_synonyms(features, grammar, seed, n_train=PROBE_STRINGS, n_test=TEST_STRINGS):
-    """How well features know each level: (unseen, seen), lists over l = 1..L-1.
+    """How well features know each level: a list of accuracies of levels l = 1..L-1.
 
-    A linear probe reads h^(l) at its node, from the map with the highest unseen. It is fitted on
-    strings in which every level-l symbol lacks one rule. unseen: its accuracy on tuples of this
-    rule, high only if synonyms look alike. seen: on other tuples, whose parents the probe can
-    look up."""
+    A linear probe reads h^(l) at its node, from the map that serves it best. It is fitted on
+    strings in which every level-l symbol lacks one rule, and asked about tuples of this rule: it
+    is right only if synonyms look alike, as it can't look up the parent of a tuple it never saw."""
     v, s, L = grammar.v, grammar.s, grammar.L
     test = grammar.sample(n_test, (seed, 1))
     tested = features(test[0])
-    results = []
+    best = []
     for l in range(1, L):
-        # fit on strings without rule 0 of every symbol
+        # rule 0 of every level-l symbol makes the tuples that the probe does not get to see
         train = grammar.sample(n_train, (seed, 4, l), without=l)
         rule = tuple_codes(grammar.rules[l - 1][:, 0], v)
         tuples = tuple_codes(test[l - 1].unflatten(1, (-1, s)), v)
-        absent, nodes = torch.isin(tuples, rule), s ** (L - l)  # (P, nodes)
-
-        # and ask about the tuples that only this rule makes
+        unseen, nodes = torch.isin(tuples, rule), s ** (L - l)  # (P, nodes)
         found = []
-        for known, fresh in zip(features(train[0]), tested):
-            known = pool(known, nodes).flatten(0, 1)
+        for known, fresh in zip(features(train[0]), tested):    # map by map
+            known = pool(known, nodes).flatten(0, 1)            # (P nodes, d)
             read = linear_probe(known, train[l].flatten().to(known.device), v)
             right = (read(pool(fresh, nodes)).argmax(2).cpu() == test[l]).float()
             # nan_to_num: few strings may have no such tuple
-            unseen, seen = right[absent].mean().nan_to_num(), right[~absent].mean().nan_to_num()
-            found.append((unseen.item(), seen.item()))
-        results.append(max(found))
-    return [list(column) for column in zip(*results)]
+            found.append(right[unseen].mean().nan_to_num().item())
+        best.append(max(found))
+    return best
 
 
 def mlp_probe(features, labels, v):
@@ -439,7 +446,7 @@ def mlp_probe(features, labels, v):
         net.to(device)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
         for _ in range(PROBE_STEPS):
-            rows = torch.randint(len(labels), (256,)).to(device)
+            rows = torch.randint(len(labels), (256,)).to(device)    # a batch
             loss = F.cross_entropy(net(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -455,6 +462,7 @@ def token_losses(model, grammar, seed):
     s, L, config = grammar.s, grammar.L, model.config
     fresh = grammar.sample(TEST_STRINGS, (seed, 1))[0].long()
     device = model.heads[0].weight.device
+    # step 0, of which no training drew
     hidden = draw_mask(len(fresh), L, s, config.mask, config.mask_block, step_generator(seed, 0))
     unigram = torch.stack([grammar.marginal(0, n) for n in range(s**L)]).log()  # (T, v)
 
@@ -558,7 +566,7 @@ def main():
     def callback(step, teacher, loss):
         if step in measured and rank == 0:
             few, features = grammar.sample(PIECE, (seed, 1))[0], teacher.features
-            unseen, _ = unseen_synonyms(features, grammar, seed, PIECE, PIECE)
+            unseen = unseen_synonyms(features, grammar, seed, PIECE, PIECE)
             synonyms = synonym_scores(features, grammar, seed, PIECE)
             row = [loss.item(), *spread(features, few, teacher.K), *unseen, *synonyms]
             seen = step * config.batch if config.online else P

@@ -42,8 +42,8 @@ SAVE_EVERY = 60         # seconds, at least, between two writes of a training's 
 class Grammar:
     """The rules of one RHM. rules[l] is a (v, m, s) uint8 tensor: rules[l][a, j] is the j-th
     tuple of level-l symbols that the level-(l+1) symbol a may turn into, taken with probability
-    p[j] ~ (j+1)^-zipf. So rules[0] makes the tokens, and rules[L-1] is applied to the root.
-    Raises ValueError that begins with the wrong size's name, depth for L."""
+    p[j] ~ (j+1)^-zipf. So rules[0] makes the tokens. Raises ValueError that begins with the wrong
+    size's name, depth for L."""
 
     def __init__(self, v, s, m, L, rules, zipf=0.0):
         v, s, m, L = map(operator.index, (v, s, m, L))      # numpy's integers overflow
@@ -591,19 +591,26 @@ def step_generator(seed, step):
     return torch.Generator().manual_seed(int(mixed))
 
 
+class WrongFile(ValueError):
+    """A file from which a training can't go on."""
+
+
 def load_state(file, about, parts):
     """Set parts, {name: what has a state_dict}, to the state of a training in a file. Returns the
     step it was written after, 0 if the file is None or new. about: a dict that must be the same in
-    both runs. Raises ValueError, naming resume, or OSError if the file can't be written."""
+    both runs. Raises WrongFile, naming resume, or OSError if the file can't be written."""
     if file is None:
         return 0
     open(file, "ab").close()                                # fails now, not after a minute
     if os.path.getsize(file) == 0:
         return 0
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    differ = [name for name in about if saved.get("about", {}).get(name) != about[name]]
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        differ = [name for name in about if saved["about"].get(name) != about[name]]
+    except Exception:  # whatever foreign bytes lead to
+        raise WrongFile(f"resume: {file} holds no training") from None
     if differ:
-        raise ValueError(f"resume: {file} is of a run with another {', '.join(differ)}")
+        raise WrongFile(f"resume: {file} is of a run with another {', '.join(differ)}")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return saved["step"]
@@ -637,7 +644,7 @@ def load_network(Network, Config, file):
         config, weights = Config(**saved.pop("config")), saved.pop("weights")
         network = Network(config=config, **saved).eval()
         network.load_state_dict(weights)
-    except (UnpicklingError, LookupError, TypeError, RuntimeError, ValueError) as error:
+    except (UnpicklingError, EOFError, LookupError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"file: {file} holds no {Network.__name__}: {error}") from None
     if not all(w.isfinite().all() for w in weights.values()):
         raise ValueError(f"file: {file} has weights that are not finite")
@@ -665,6 +672,9 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+    except WrongFile as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: argument --{error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -1,786 +1,299 @@
 """
-The pictures, from CSV files alone. Each is written into the folder of its files.
+The pictures, from CSV files alone. The header of a file says what it is:
 
-    python plot.py out/                             a sweep's folder
-    python plot.py out/ assets/paper_readings.csv   with the paper's P* as stars in collapse.png
-    python plot.py out/ out/contrast.csv            with the prediction of P* from the rules alone
-    python plot.py 0.csv 1.csv                      traces of data2vec.py, or of predictor.py
-    python plot.py contrast.csv                     from grammar.py --contrast --csv contrast.csv
+    python plot.py out/samples_vs_depth.csv                 P* against depth
+    python plot.py out/samples_vs_depth.csv --collapse      P* / (v m^3) against m
+    python plot.py out/samples_vs_depth.csv contrast.csv    P* over its prediction from the rules
+    python plot.py contrast.csv                             written by grammar.py --contrast
+    python plot.py 128.csv 256.csv 512.csv                  traces of predictor.py, data2vec.py
 
-  samples_vs_depth.png   P* against depth: line style and marker show the learner, the colour its
-                         target; P* of the root has its own panel
-  methods.png            if a size has one depth and there is no collapse.png: P* of all methods
-  collapse.png           for a method with several m, at its largest such depth: accuracy of level
-                         L-1 against P, P/(v m^3) and P over another law (figures 3 and 11)
-  phases.png             when each level rises while a network is trained, and from how many
-                         strings if the traces are of several P (the paper's figures 5, 10, 13)
-  contrast.png           how far apart parents' contexts are on each level, for each target
-  prediction.png         P* of clustering against the P at which noise equals that distance
-
-All files are read and checked before anything is drawn.
+A picture is written beside its first file and has that file's name: out/samples_vs_depth.png, with
+-collapse or -prediction at the end for these two. In Python: plot.samples_vs_depth(path).
 """
-
-import argparse
 import csv
-import io
-import logging
 import math
-import os
 import re
-import sys
-import textwrap
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
+from matplotlib.figure import Figure                # not pyplot, which may look for a display
 
-# light and dark enough to be told apart in grey, and by colour-blind eyes
-COLOURS = {"latent": "#005a9c", "token": "#d55e00", "root": "#000000", "joint": "#5cc8a5"}
-SPARE_COLOURS = ("#aa3377", "#e6b000", "#7fb8e8", "#7a6a53", "#999999")
-LINES = {"cluster": ("-", "o"), "predictor": ("--", "s"), "data2vec": (":", "^")}
-SPARE_LINES = (("-.", "D"), ("-.", "v"), ("-.", "P"), ("-.", "X"))
-MARKERS = "osD^vPX*"
-
-# targets as legends name them; the paper's name of a learner -> ours
-NAMES = {"latent": "own latents", "token": "tokens", "root": "labels"}
-PAPER = {"ilc": "cluster", "slc": "predictor", "data2vec": "data2vec"}
-
-LAWS = {  # a law of P*: its power of m at depth L
-    "v\\,m^2": lambda L: 2,
-    "v\\,m^3": lambda L: 3,
-    "v\\,m^L": lambda L: L,
-    "v\\,m^{L+1}": lambda L: L + 1,
-}
-OWN_LAW = {"joint": "v\\,m^2", "root": "v\\,m^L", "token": "v\\,m^{L+1}"}  # of others: v m^3
-
-# why P* is only bounded: the sign at its open marker
-BEYOND = {
-    "beyond the ladder": "\u2191", "limited by steps": "\u2191s",
-    "limited by memory": "\u2191m", "not finished": "\u2191?",
-}
-SIGNS = BEYOND | {"below Pmin": "\u2193"}
-STYLE = {
-    "font.size": 12, "axes.titlesize": 12, "figure.titlesize": 13, "figure.labelsize": 11,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "savefig.bbox": "tight", "savefig.dpi": 130,
-}
+NAMES = {"latent": "own latents", "token": "tokens", "root": "root label", "joint": "joint"}
+COLOURS = {"latent": "#005a9c", "token": "#d55e00", "root": "#000000", "joint": "#3fae8a"}
+MARKERS = "os^Dv*PX<"                               # which tell settings apart, and in grey
+# the law of P* for each target: how it is written, and its power of m at depth L
+LAWS = {"latent": ("$v\\,m^3$", lambda L: 3), "joint": ("$v\\,m^2$", lambda L: 2),
+        "token": ("$v\\,m^{L+1}$", lambda L: L + 1), "root": ("$v\\,m^L$", lambda L: L)}
+vm3 = lambda row: row["v"] * row["m"] ** 3          # what P* is compared with
+# what traces measure: "accuracy 1" is the column of level 1
+MEASURES = {"accuracy": "accuracy", "prediction": "prediction loss",
+            "unseen": "accuracy on unseen synonyms", "synonyms": "synonym score"}
+# the paper's P*, and for its figures the methods that repeat their setting
+PAPER = Path(__file__).parent / "assets" / "paper_readings.csv"
+REPEATS = {"3-left": "cluster:.*(positions=cousins|preset=paper)", "3-right": "predictor(:|$)",
+           "4": "data2vec:.*online=true"}
+KINDS = {"P50": "vsmL", "contrast": "vsmL", "P_star": "vsmL",       # the column that tells what
+         "accuracy 1": ["step"], "unseen 1": ["step"]}              # a file is: what it needs, too
+NUMBERS = {"v", "s", "m", "L", "zipf", "P", "P50_lo", "P50_hi", "root_P50_lo", "root_P50_hi",
+           "level", "contrast", "P_noise", "P_star", "step", *MEASURES}         # the rest is text
+MISSING = {"zipf": 0.0, "root_P50": ("", math.nan), "v": math.nan, "m": math.nan, "P": 0.0}
+OUR_STYLE = matplotlib.style.context(["default", {  # a user's own style would change the bytes
+    "font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.min_exponent": 3,
+    "savefig.bbox": "tight", "savefig.dpi": 130}])
 
 
-# --------------------------------------------------------------------------------------------------
-# read and check
+def value(column, cell):
+    """A cell as a number, nan if it is empty. A P50 may be a bound, so it is (sign, P):
+    "413" becomes ("=", 413.0), "> 412" (">", 412.0), "" and "?" ("", nan)."""
+    if column in ("P50", "root_P50"):
+        sign, _, P = cell.replace("?", "").rpartition(" ")
+        return (sign or "=", float(P)) if P else ("", math.nan)     # "" if nothing is known
+    return float(cell or "nan") if column.split(" ")[0] in NUMBERS else cell
 
 
-KINDS = {  # the columns that tell what a file is
-    "depth": ["method", "v", "s", "m", "L", "P50", "P50_lo", "P50_hi"],
-    "runs": ["method", "v", "s", "m", "L", "P", "seed", "level", "accuracy"],
-    "contrast": ["v", "s", "m", "L", "target", "level", "contrast", "P_noise"],
-    "paper": ["method", "v", "s", "m", "L", "target", "P_star"],
-    "data2vec": ["step", "unseen 1", "synonyms 1"],
-    "predictor": ["step", "accuracy 1", "prediction 1"],
-}
-MISSING = {  # the cells of columns that some files lack
-    "zipf": "0", "status": "", "root_P50": "", "root_P50_lo": "", "root_P50_hi": "",
-}
-LIMITS = {  # type, lowest and highest number of a column; "unseen" is that of "unseen 1"
-    "v": (int, 2, 2**16), "s": (int, 2, 2**16), "m": (int, 1, 2**31), "L": (int, 2, 24),
-    "P": (int, 1, 10**15), "seed": (int, 0, 10**15), "level": (int, 0, 24),
-    "step": (int, 0, 10**15), "zipf": (float, 0, 1000), "contrast": (float, 0, 1e9),
-    "accuracy": (float, 0, 1), "unseen": (float, 0, 1), "synonyms": (float, -1e9, 1e9),
-    "prediction": (float, -1e9, 1e9), "P_star": (float, 1e-9, 1e18),
-    "P_noise": (float, 0, math.inf),
-    "P50_lo": (float, 1e-9, 1e18), "P50_hi": (float, 1e-9, 1e18),
-}
+def parts(row):
+    """What a method's name says: data2vec-token:mask=0.15 has a learner, a target and settings."""
+    name, _, settings = row.get("method", "").partition(":")
+    learner, _, target = name.partition("-")        # own latents have no suffix
+    target = row.get("target") or target or "latent"        # contrast has targets, and no methods
+    label = NAMES.get(target, target) + (f", {settings}" if settings else "")       # for legends
+    return {"learner": learner, "target": target, "settings": settings, "label": label}
 
 
-def check(column, text):
-    """A cell -> its value. Raises ValueError that says what its column may have.
-
-    P50: "413" becomes ("=", 413.0), "> 4096" (">", 4096.0), empty or "?" ("", nan)."""
-    if column in ("method", "target"):
-        # a picture would take $ for a formula
-        if not re.fullmatch(r"[\w.+=:()^-]+", text):
-            raise ValueError("must be a name of letters, digits and . + = : ( ) ^ -")
-        return text
-    if column == "P50":
-        if text in ("", "?"):
-            return "", math.nan
-        if text[:2] in ("> ", "< "):
-            return text[0], check("P_star", text[2:])
-        return "=", check("P_star", text)
-
-    # an interval may be missing, and nan in a trace is a gap in its line
-    quantity, _, level = column.partition(" ")
-    if (text == "" and column in ("P50_lo", "P50_hi")) or (text == "nan" and level):
-        return math.nan
-    kind, low, high = LIMITS[quantity]
-    what = {int: "a whole number", float: "a number"}[kind]
-    try:
-        number = kind(text)
-    except ValueError:
-        number = math.nan
-    if not low <= number <= high:
-        raise ValueError(f"must be {what} from {low:g} to {high:g}")
-    return number
-
-
-def read(path):
-    """A CSV file -> its kind, by its columns, and its rows as dictionaries of checked values.
-
-    Raises ValueError, of one line that names the file and the line in it."""
-    # all at once: a file that is being written must not change under us
-    try:
-        text = path.read_bytes().decode()
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        lines = [(table.line_num, cells) for cells in table]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be read ({reason})") from None
-
-    # the columns say what it is
-    header = set(table.fieldnames or [])
-    kinds = [kind for kind, needed in KINDS.items() if header >= set(needed)]
-    if not kinds or not lines:
-        raise ValueError(f"{path}: is no table or trace of our scripts, or has no rows")
-    if not text.endswith("\n"):
-        raise ValueError(f"{path}: is cut off in its last line")
-
-    # what is not drawn is not checked; a trace has columns for every level, "unseen 3"
-    kind = kinds[0]
-    checked = ({*KINDS[kind], *MISSING} - {"status"}) | ({"v", "m", "P"} & header)
-    levels = [name for name in header if re.fullmatch(r"\w+ \d+", name)]
-    checked |= {name for name in levels if name.split()[0] in LIMITS}
-    rows = []
-    for number, cells in lines:
-        if None in cells or None in cells.values():
-            raise ValueError(f"{path}: line {number}: must have {len(header)} cells")
-        row = MISSING | cells | {"file": path}
-        for name in sorted(checked):
-            try:
-                row[name] = check(name.removeprefix("root_"), row[name])
-            except ValueError as error:
-                cell = f"{name} = {row[name][:20]!r}"
-                raise ValueError(f"{path}: line {number}: {cell}: {error}") from None
-        rows.append(row)
-    return kind, rows
-
-
-def gather(names):
-    """Files, and folders of sweep.py -> {folder: {kind: rows}}."""
-    found = {}
-    for path in map(Path, names):
-        files = [path]
-        if path.is_dir():
-            both = path / "samples_vs_depth.csv", path / "runs.csv"
-            files = [file for file in both if file.exists()]
-        for file in files:
-            kind, rows = read(file)
-            tables = found.setdefault(file.parent, {name: [] for name in KINDS})
-            tables[kind] += rows
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# what the pictures share
-
-
-def parts(method):
-    """data2vec-token:mask=0.15 -> ("data2vec", "token")"""
-    name = method.split(":")[0]
-    learner, _, target = name.partition("-")
-    return learner, target or "latent"
-
-
-def with_spare(known, spare, names):
-    """{name: style}; names that are not known share out the spare styles."""
-    # sorted, so that the order of rows changes no colour
-    unknown = sorted(set(names) - set(known))
-    return known | {name: spare[i % len(spare)] for i, name in enumerate(unknown)}
+def read(paths):
+    """CSV files -> {kind: rows}, a kind being a key of KINDS. A ValueError names a wrong file."""
+    tables = {}                                     # a kind may have several files
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:      # Excel adds a BOM
+                rows = [{name: value(name, cell) for name, cell in row.items()} | {"file": path}
+                        for row in csv.DictReader(file, restkey="rest", restval="cut off")]
+        except (OSError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path}: {error}") from None
+        kinds = [kind for kind in KINDS if rows and {kind, *KINDS[kind]} <= set(rows[0])]
+        if not kinds:
+            raise ValueError(f"{path}: is no table or trace of our scripts, or has no rows")
+        tables.setdefault(kinds[0], []).extend(MISSING | parts(row) | row for row in rows)
+    return tables
 
 
 def group(rows, *columns):
     """{the values of some columns: the rows that have them}"""
     groups = {}
     for row in rows:
-        key = tuple(row[name] for name in columns)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(tuple(row[name] for name in columns), []).append(row)
     return groups
 
 
-def describe(**sizes):
-    """v=8 s=2 m=3, without what is 0"""
-    return " ".join(f"{name}={x:g}" for name, x in sizes.items() if x)
-
-
-def new_figure(rows, columns, width, height):
-    """A figure and its panels; width and height of one panel in inches."""
-    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-
-    # constrained: titles and legends make their own room
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def shade(k, n):
-    """Colour and marker of the k-th of n lines; colours get lighter."""
-    from matplotlib import colormaps
-
-    # viridis' last tenth is too light on white
-    colour = colormaps["viridis"](0.88 * k / max(1, n - 1))
-    return {"color": colour, "marker": MARKERS[k % len(MARKERS)]}
-
-
-def draw_line(axis, rows, x, y, scale=1.0, **style):
-    """Plot column y of rows against column x / scale. Returns (last y, line)."""
-    rows = sorted(rows, key=lambda row: row[x])
-    heights = [row[y] for row in rows]
-    line, = axis.plot([row[x] / scale for row in rows], heights, **style)
-    return heights[-1], line
-
-
-def add_legend(axis, ends):
-    """Names to the right of a panel, in the order in which lines end there: [(last y, line)]."""
-    ends = sorted(ends, key=lambda end: -end[0])
-    lines = [line for _, line in ends]
-    axis.legend(handles=lines, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=3.5)
-
-
-# --------------------------------------------------------------------------------------------------
-# samples_vs_depth.png
-
-
-def cells_of(rows):
-    """Rows of samples_vs_depth.csv -> a cell for every P* that was measured, by depth.
-
-    A row has up to two, of level L-1 and of the root. The state of a cell is why its P is only a
-    bound, or empty."""
-    cells = []
-    for row in sorted(rows, key=lambda row: row["L"]):
-        for part, what in (("", "level L\u22121"), ("root_", "root, read by a probe")):
-            sign, P = row[f"{part}P50"]
-            if not sign:
-                continue  # not measured, or "?": some seeds bound it above, some below
-
-            # the status is that of level L-1, so it may not explain the root's bound
-            beyond = row["status"] if row["status"] in BEYOND else "beyond the ladder"
-            state = {"=": "", "<": "below Pmin", ">": beyond}[sign]
-            low = math.nan if state else row[f"{part}P50_lo"]
-            high = math.nan if state else row[f"{part}P50_hi"]
-            cells.append(row | {"what": what, "P": P, "low": low, "high": high, "state": state})
-    return cells
-
-
-def conclusion(curves, m):
-    """A title: for which methods P* is flat from L = 3 on, and for which it grows.
-
-    curves: {method: cells}. A method whose intervals allow both, or are not there, is not named."""
-    flat, growing = [], []
-    for method, cells in curves.items():
-        # at L = 2 most targets are the same
-        cells = [cell for cell in cells if cell["L"] >= 3]
-        if not cells:
-            continue
-
-        # a level multiplies P* by 1 (flat) or by m (growing): sqrt(m) lies between them
-        first, last = cells[0], cells[-1]
-        between = m ** ((last["L"] - first["L"]) / 2)
-        if last["high"] / first["low"] < between:
-            flat.append(method)
-        if last["low"] / first["high"] > between:
-            growing.append(method)
-
-    said = {"is flat for": flat, "grows with depth for": growing}
-    words = [f"{verdict} {', '.join(methods)}" for verdict, methods in said.items() if methods]
-    title = f"From L = 3 on, P* {'; '.join(words)}" if words else "P* against depth"
-    return textwrap.fill(title, 75, break_on_hyphens=False)
-
-
-def styles_of(methods):
-    """{method: style}: the learner is line and marker, the target is the colour."""
-    learners = with_spare(LINES, SPARE_LINES, [parts(method)[0] for method in methods])
-    targets = with_spare(COLOURS, SPARE_COLOURS, [parts(method)[1] for method in methods])
+def styles_of(rows):
+    """{label: style}: a colour for each target, a marker for each label."""
     styles = {}
-    for i, method in enumerate(methods):
-        learner, target = parts(method)
-        line, marker = learners[learner]
-        style = {"color": targets[target], "linestyle": line, "marker": marker, "markersize": 7}
-
-        # further settings of the same learner and target are lighter and thinner
-        alike = [parts(other) for other in methods[:i]].count((learner, target))
-        strength = 1 / (1 + 0.7 * alike)
-        styles[method] = style | {"alpha": strength, "linewidth": 1.1 + 1.1 * strength}
+    for i, (label, target) in enumerate(group(rows, "label", "target")):
+        colour = COLOURS.get(target, f"C{i}")       # a forker's target has one of matplotlib's
+        styles[label] = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "label": label}
     return styles
 
 
-def draw_method(axis, method, cells, shift, style):
-    """One line, with intervals, and bounds as open markers. Returns (last P, line)."""
-    # bold signs are read at this size, thin ones are not
-    look = {"color": style["color"], "weight": "bold", "ha": "center", "va": "center"}
-    numbers = []
-    for cell in cells:
-        x, P, state = cell["L"] + shift, cell["P"], cell["state"]
-        numbers.append(cell | {"x": x, "number": math.nan if state else P})
-
-        # a missing interval is nan, which matplotlib does not draw
-        axis.vlines(x, cell["low"], cell["high"], color=style["color"], alpha=style["alpha"])
-        if state:
-            axis.plot(x, P, **style | {"markerfacecolor": "white"})
-            offset = 0, -13 if state == "below Pmin" else 13
-            axis.annotate(SIGNS[state], (x, P), offset, textcoords="offset points", **look)
-
-    # a thin line joins all points, the full one only those that are no bounds
-    last, _ = draw_line(axis, numbers, "x", "P", color=style["color"], linewidth=0.8, alpha=0.5)
-    _, line = draw_line(axis, numbers, "x", "number", label=method, **style)
-    return last, line
+def new_figure(title, panels, columns=4, sharey=True):
+    """A figure and its panels, in rows of so many columns."""
+    rows, columns = math.ceil(panels / columns), min(panels, columns)
+    figure = Figure((max(6.5, columns * 3.8), rows * 3.5 + 0.7), layout="constrained")
+    figure.suptitle(title, x=0, ha="left")          # what is shown, and no conclusion
+    axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten()
+    for axis in axes[panels:]:                      # the last row may not be full
+        axis.remove()
+    return figure, axes[:panels]
 
 
-def draw_panel(axis, v, m, depths, curves, styles):
-    """The laws as guides, the methods, and the names of both. curves: {method: cells}"""
-    ends = []
-    look = {"color": "0.6", "linewidth": 1, "linestyle": (0, (4, 4)), "zorder": 0}
-    for law, power in LAWS.items():
-        guide = [{"L": L, "P": v * m ** power(L)} for L in depths]
-        ends.append(draw_line(axis, guide, "L", "P", label=f"${law}$", **look))
-
-    # methods stand a little apart, so that no interval hides another
-    apart = min(0.05, 0.4 / len(curves))
-    middle = (len(curves) - 1) / 2
-    for i, (method, cells) in enumerate(curves.items()):
-        shift = apart * (i - middle)
-        ends.append(draw_method(axis, method, cells, shift, styles[method]))
-    add_legend(axis, ends)
+def save(figure, path, ending, out):
+    """Add one legend for all panels; write to out, or beside the CSV file path. Returns where."""
+    handles = {}
+    for axis in figure.axes:
+        lines, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines))         # a label that is in several panels comes once
+    figure.set_figheight(max(figure.get_figheight(), 0.25 * len(handles)))  # room for all
+    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5))
+    out = Path(out or Path(path).with_name(f"{Path(path).stem}{ending}.png"))
+    figure.savefig(out, format="png", metadata={"Software": None})  # no version: the same bytes
+    return out
 
 
-def draw_depth(tables):
-    """The figure of samples_vs_depth.png; None unless a size has several depths and a P*."""
-    # a size of one depth is methods.png's
-    sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
-    rows = [row for size in sizes if len(group(size, "L")) > 1 for row in size]
-    cells = cells_of(rows)
-    panels = group(cells, "v", "s", "m", "zipf", "what")
-    if not panels:
-        return None
+def draw_methods(axis, rows, x, ticks, styles, part, unit):
+    """P* / unit of every label against x, which is L or m, and the laws of their targets. Bars go
+    from the lowest to the highest seed; bounds have an open marker, an arrow and no line."""
+    place = math.log2 if x == "m" else float        # a power of m becomes a straight line
+    edges = place(ticks[0]) - 0.3, place(ticks[-1]) + 0.3
+    axis.set(yscale="log", xlim=edges, xlabel="m" if x == "m" else "depth L")
+    axis.set_xticks([place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    for target in [target for target in LAWS if (target,) in group(rows, "target")]:
+        text, power = LAWS[target]                  # a law has constant 1
+        sizes = [rows[0] | {x: 2**edge if x == "m" else edge} for edge in edges]
+        ys = [size["v"] * size["m"] ** power(size["L"]) / unit(size) for size in sizes]
+        axis.plot(edges, ys, color=COLOURS[target], linewidth=0.8, linestyle="--", zorder=0)
+        side = "bottom" if target in ("latent", "token") else "top"     # some laws agree at L = 3
+        axis.annotate(text, (edges[1], ys[1]), (4, 0), textcoords="offset points", va=side,
+                      color=COLOURS[target], annotation_clip=False)
 
-    # one style for a name, and one range of P, in all panels
-    styles = styles_of([method for method, in group(rows, "method")])
-    depths = sorted({row["L"] for row in rows})
-    P = [cell[name] for cell in cells for name in ("P", "low", "high")]
-
-    # a panel is as high as its names need
-    height = max(5.5, 0.27 * (len(LAWS) + len(styles)))
-    figure, axes = new_figure(len(panels), 1, 11, height)
-    for axis, (size, lines) in zip(axes[:, 0], sorted(panels.items())):
-        v, s, m, zipf, what = size
-        curves = {method: line for (method,), line in group(lines, "method").items()}
-        axis.set_title(f"{conclusion(curves, m)}\n{what}: {describe(v=v, s=s, m=m, zipf=zipf)}")
-        axis.set(yscale="log", ylim=(np.nanmin(P) / 3, np.nanmax(P) * 3), xticks=depths)
-        axis.set(xlabel="depth L", ylabel="P*, training strings")
-        axis.set_xlim(depths[0] - 0.25, depths[-1] + 0.25)
-        draw_panel(axis, v, m, depths, curves, styles)
-
-    # what the signs mean, for those that occur
-    states = {cell["state"] for cell in cells}
-    notes = ["bars: 95 % intervals over seeds"]
-    notes += [f"{sign} {state}" for state, sign in SIGNS.items() if state in states]
-    figure.supxlabel(";  ".join(notes), x=0, ha="left")
-    return figure
-
-
-# --------------------------------------------------------------------------------------------------
-# methods.png
+    lines = group(rows, "label")
+    apart = min(0.07, 0.5 / len(lines))             # a shift, so that no bar hides another
+    for i, ((label,), line) in enumerate(lines.items()):
+        style, xs, ys = styles[label], [], []
+        for row in sorted(line, key=lambda row: row[x]):
+            sign, P = row[f"{part}P50"]
+            y = P / unit(row)
+            xs.append(place(row[x]) + apart * (i - (len(lines) - 1) / 2))
+            ys.append(y if sign == "=" else math.nan)               # nan interrupts the line
+            if sign == "=":
+                ends = [row[f"{part}P50_{end}"] / unit(row) for end in ("lo", "hi")]
+                axis.vlines(xs[-1], *ends, style["color"])
+            elif sign:                              # "?" and what was not run have none
+                arrow = {"lolims": sign == ">", "uplims": sign == "<", "markerfacecolor": "white"}
+                axis.errorbar(xs[-1], y, 0.4 * y, **style | arrow | {"label": None})
+        axis.plot(xs, ys, **style)
 
 
-def draw_methods(tables):
-    """The figure of methods.png: P* of every method at a size of one depth, a line for each
-    learner and its settings, a colour for each target. None if there is no such size, or if
-    collapse.png is drawn."""
-    if collapse_groups(tables["runs"]):
-        return None
-    sizes = group(tables["depth"], "v", "s", "m", "zipf").values()
-    rows = [row for size in sizes if len(group(size, "L")) == 1 for row in size]
-    panels = group(cells_of(rows), "v", "s", "m", "L", "zipf", "what")
-    if not panels:
-        return None
-    colours = with_spare(COLOURS, SPARE_COLOURS, [parts(row["method"])[1] for row in rows])
-
-    # panels are as high as the lines they need
-    lines = max(len({line_name(cell["method"]) for cell in cells}) for cells in panels.values())
-    figure, axes = new_figure(len(panels), 1, 11, 1.4 + 0.42 * lines)
-    for axis, (size, cells) in zip(axes[:, 0], sorted(panels.items())):
-        v, s, m, L, zipf, what = size
-        names = list(dict.fromkeys(line_name(cell["method"]) for cell in cells))
-        targets = list(dict.fromkeys(parts(cell["method"])[1] for cell in cells))
-        for cell in cells:
-            target = parts(cell["method"])[1]
-            # targets of one line stand a little apart
-            shift = 0.16 * (targets.index(target) - (len(targets) - 1) / 2)
-            y, colour = names.index(line_name(cell["method"])) + shift, colours[target]
-            axis.hlines(y, cell["low"], cell["high"], color=colour)
-            fill = "white" if cell["state"] else colour
-            look = {"marker": MARKERS[targets.index(target)], "markerfacecolor": fill}
-            axis.plot(cell["P"], y, color=colour, linestyle="", **look)
-            # here a larger P is to the right
-            turned = str.maketrans("\u2191\u2193", "\u2192\u2190")
-            sign = SIGNS.get(cell["state"], "").translate(turned)
-            axis.annotate(sign, (cell["P"], y), (8, 0), textcoords="offset points", va="center")
-        for k, target in enumerate(targets):
-            look = {"marker": MARKERS[k], "color": colours[target], "linestyle": ""}
-            axis.plot([], [], label=NAMES.get(target, target), **look)
-        axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-
-        # the rungs of a ladder are powers of 2; the first line is on top
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)))
-        axis.set_yticklabels(names)
-        axis.grid(axis="y", color="0.92")
-        axis.set(xlabel="P*, training strings")
-        axis.set_title(f"P* of {what}: {describe(v=v, s=s, m=m, L=L, zipf=zipf)}")
-    return figure
+def draw_panels(rows, title, quantity, unit=lambda row: 1):
+    """A panel for each size and learner, and for its root if it is a network's and known. Returns
+    the figure and [(axis, rows, part)], where part is "root_" for the root and "" otherwise."""
+    x, other = ("L", "m") if len(group(rows, "L")) > 1 else ("m", "L")      # what is along the axis
+    tables = group(rows, "v", "s", other, "zipf", "learner").items()
+    tables = sorted(tables, key=lambda table: table[0][:4])     # learners in the file's order
+    panels = [(key, table, "") for key, table in tables]    # level L-1 first
+    panels += [(key, table, "root_") for key, table in tables
+               if key[-1] != "cluster" and any(row["root_P50"][0] for row in table)]
+    learners, ticks = len(group(rows, "learner")), sorted({row[x] for row in rows})
+    title += "\nbars: lowest and highest seed; open markers: bounds; dashed: laws of theory"
+    figure, axes = new_figure(title, len(panels), learners if learners > 1 else 4)
+    figure.supylabel(quantity, fontsize=11)
+    for axis, ((v, s, fixed, zipf, learner), table, part) in zip(axes, panels):
+        draw_methods(axis, table, x, ticks, styles_of(rows), part, unit)
+        size = f"v={v:g} s={s:g} {other}={fixed:g} zipf={zipf:g}".removesuffix(" zipf=0")
+        axis.set_title(f"{learner}{', root' if part else ''}\n{size}")
+    return figure, [(axis, table, part) for axis, (_, table, part) in zip(axes, panels)]
 
 
-def line_name(method):
-    """predictor-token:elements=one -> predictor:elements=one"""
-    name, colon, settings = method.partition(":")
-    return parts(name)[0] + colon + settings
+@OUR_STYLE
+def samples_vs_depth(*paths, out=None):
+    """P* against depth L, or against m if L is one. Returns the picture's path, as all do."""
+    figure, _ = draw_panels(read(paths)["P50"], "P*: training strings that recover level L-1", "P*")
+    return save(figure, paths[0], "", out)
 
 
-# --------------------------------------------------------------------------------------------------
-# collapse.png
+@OUR_STYLE
+def collapse(*paths, out=None):
+    """P* / (v m^3) against m at the largest depth that has several m, with the paper's P* beside
+    a method that repeats its setting."""
+    depths = group(read(paths)["P50"], "L")
+    deepest = max(depths, key=lambda L: (len(group(depths[L], "m")) > 1, L))
+    title = "P* as a multiple of v m^3; stars: the paper's, beside methods that repeat its setting"
+    figure, panels = draw_panels(depths[deepest], title, "P* / (v m^3)", vm3)
+    stars = read([PAPER])["P_star"] if PAPER.exists() else []       # this file may be alone
+    for axis, rows, part in panels:
+        for star, row in [(star, row) for star in stars for row in rows]:
+            same_size = all(star[name] == row[name] for name in ("v", "s", "L", "m"))
+            same_level = (star["target"] == "root") == (part == "root_")    # the paper has either
+            same_method = re.match(REPEATS.get(star["figure"], "$"), row["method"])
+            if same_size and same_level and same_method and not row["zipf"]:
+                axis.plot(math.log2(row["m"]), star["P_star"] / vm3(star), "*", markersize=14,
+                          color=COLOURS["latent"], markeredgecolor="black")
+    return save(figure, paths[0], "-collapse", out)
 
 
-def collapse_groups(runs):
-    """{(method, v, s, zipf): rows of level L-1}, at the largest depth that has several m."""
-    top = [row for row in runs if row["level"] == row["L"] - 1]
-    top = sorted(top, key=lambda row: row["L"])
-
-    # deeper trees come later and replace shallower ones
-    deepest = {}
-    for (*key, _), rows in group(top, "method", "v", "s", "zipf", "L").items():
-        if len(group(rows, "m")) > 1:
-            deepest[tuple(key)] = rows
-    return deepest
-
-
-def paper_stars(method, v, s, zipf, L, paper):
-    """{m: the paper's P*} for a method that it has: own latents, equal rules."""
-    learner, target = parts(method)
-    if target in OWN_LAW or zipf:
-        return {}
-
-    # h^(L-1) is the paper's name of level L-1
-    rows = group(paper, "v", "s", "L", "target").get((v, s, L, "h^(L-1)"), [])
-    return {row["m"]: row["P_star"] for row in rows if PAPER.get(row["method"]) == learner}
+@OUR_STYLE
+def contrast(*paths, out=None):
+    """How far apart contexts of parents are on each level, a line for each target."""
+    rows = [row for row in read(paths)["contrast"] if row["contrast"] > 0]      # 0 has no logarithm
+    sizes = group(rows, "v", "s", "m", "zipf")
+    figure, axes = new_figure("Distance between the contexts of two parents", len(sizes))
+    for axis, ((v, s, m, zipf), size) in zip(axes, sizes.items()):
+        L = max(row["L"] for row in size)           # it has the levels of all shallower trees
+        for (label,), line in group([row for row in size if row["L"] == L], "label").items():
+            xs, ys = [[row[name] for row in line] for name in ("level", "contrast")]
+            axis.plot(xs, ys, **styles_of(rows)[label])
+        axis.set(yscale="log", xlabel="level", ylabel="root mean square", xticks=xs)
+        axis.set_title(f"v={v:g} s={s:g} m={m:g} L={L:g} zipf={zipf:g}".removesuffix(" zipf=0"))
+    return save(figure, paths[0], "", out)
 
 
-def draw_ladders(axis, rows, scale, paper):
-    """Accuracy against P / scale(m), a line for every m and seed, and a star for the paper's P*."""
-    from matplotlib.ticker import LogLocator
-
-    several = sorted({row["m"] for row in rows})
-    star = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": ""}
-    for k, m in enumerate(several):
-        look = shade(k, len(several)) | {"markersize": 4, "linewidth": 1.2}
-        axis.plot([], [], label=f"m={m}", **look)  # one name for all seeds
-        ladders = group([row for row in rows if row["m"] == m], "seed")
-        for ladder in ladders.values():
-            draw_line(axis, ladder, "P", "accuracy", scale(m), **look)
-        if m in paper:
-            axis.plot(paper[m] / scale(m), 0.5, zorder=5, **look | star)
-    if paper:
-        axis.plot([], [], label="paper's P*", color="white", **star)
-    axis.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
-    axis.set(xscale="log", ylim=(-0.02, 1.05))
-    low, high = axis.get_xlim()
-    if high / low < 100:  # powers of ten alone are too few
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axis.xaxis.set_major_formatter("{x:g}")
-    axis.minorticks_off()
-
-
-def spread_text(rows, scale):
-    """How far P* of several m are apart once divided by scale(m); "" if fewer than two are known.
-
-    rows: those of samples_vs_depth.csv."""
-    known = [row["P50"][1] / scale(row["m"]) for row in rows if row["P50"][0] == "="]
-    return f"P* within a factor of {max(known) / min(known):.3g}" if len(known) > 1 else ""
+@OUR_STYLE
+def phases(*paths, out=None):
+    """Measures of each level against the step, from traces of training; at the last step, against
+    P / (v m^3), if the traces are of several P."""
+    traces = group(sum(read(paths).values(), []), "file").values()
+    # after a resume a step comes twice: the last one counts
+    runs = [list({row["step"]: row for row in trace}.values()) for trace in traces]
+    by_P = len({run[-1]["P"] for run in runs} - {0}) > 1    # 0: an old trace without P
+    if by_P:
+        rows = sorted([run[-1] for run in runs], key=lambda row: row["P"] / vm3(row))
+        x, xs = "P / (v m^3), at the last step", [row["P"] / vm3(row) for row in rows]
+    else:
+        rows = [row for run in runs for row in [*run, {}]]              # {} interrupts the lines
+        x, xs = "step", [row.get("step", math.nan) for row in rows]
+    measures = [name for name in MEASURES if f"{name} 1" in rows[0]]
+    figure, axes = new_figure("Each level of the tree", len(measures), sharey=False)
+    for axis, measure in zip(axes, measures):
+        columns = {name: 0 for row in rows for name in row if name.startswith(f"{measure} ")}
+        for i, name in enumerate(columns):
+            ys = [row.get(name, math.nan) for row in rows]              # trees may differ in depth
+            colour = matplotlib.colormaps["viridis"](i / len(columns))  # less its light end
+            axis.plot(xs, ys, color=colour, marker=".", label=f"level {i + 1}")
+        axis.set(title=MEASURES[measure], xlabel=x, xscale="log" if by_P else "linear")
+    return save(figure, paths[0], "", out)
 
 
-def draw_collapse(tables):
-    """The figure of collapse.png; None unless a method has several m at one depth."""
-    groups = collapse_groups(tables["runs"])
-    if not groups:
-        return None
-    figure, axes = new_figure(len(groups), 3, 4.3, 3.4)
-    for panels, (key, rows) in zip(axes, sorted(groups.items())):
-        method, v, s, zipf = key
-        L = rows[0]["L"]
-        stars = paper_stars(method, v, s, zipf, L, tables["paper"])
-        known = group(tables["depth"], "method", "v", "s", "zipf", "L").get((*key, L), [])
-
-        # P as it is, over the law of own latents, and over the method's own law or the tokens'
-        _, target = parts(method)
-        own = OWN_LAW.get(target, OWN_LAW["token"])
-        for axis, law in zip(panels, ("", "v\\,m^3", own)):
-            scale = lambda m: v * m ** LAWS[law](L) if law else 1
-            draw_ladders(axis, rows, scale, stars)
-            label = f"$P\\,/\\,({law})$" if law else "$P$"
-            axis.set_xlabel(f"{label}\n{spread_text(known, scale)}")
-        panels[0].set_title(f"{method}\n{describe(v=v, s=s, L=L, zipf=zipf)}")
-        panels[0].set_ylabel(f"accuracy of level {L - 1}")
-        panels[2].legend(loc="upper left", bbox_to_anchor=(1, 1.05))
-    title = "Accuracy against training strings; lines of all m fall together where a law holds"
-    figure.suptitle(title, x=0, ha="left")
-    return figure
+def fit(name, rows):
+    """The constant in P* = constant x P_noise. Prints it, with the spread about it."""
+    logs = [math.log(row["P50"][1] / row["P_noise"]) for row in rows]
+    constant, spread = math.exp(np.mean(logs)), math.exp(np.std(logs))
+    print(f"{name}: {constant:.2f} x P_noise, to a factor of {spread:.2f} over {len(rows)} cells")
+    return constant
 
 
-# --------------------------------------------------------------------------------------------------
-# phases.png
-
-
-PHASES = {  # the columns of a trace that are drawn, and the titles of their panels
-    "data2vec": {"unseen": "accuracy on unseen synonyms", "synonyms": "synonym score"},
-    "predictor": {"accuracy": "accuracy", "prediction": "prediction loss"},
-}
-
-
-def level_columns(rows, what):
-    """[(column, its style)] of one quantity, level 1 first."""
-    names = {name for row in rows for name in row if name.startswith(f"{what} ")}
-    names = sorted(names, key=lambda name: int(name.split()[1]))  # level 10 after level 9
-    return [(name, shade(k, len(names)) | {"markersize": 5}) for k, name in enumerate(names)]
-
-
-def draw_steps(axis, rows, what):
-    """One quantity against the step: a colour a level, a line a run. Runs may differ in depth."""
-    for name, look in level_columns(rows, what):
-        axis.plot([], [], label=name.replace(what, "level"), **look)  # one name for all runs
-        runs = group([row for row in rows if name in row], "file").values()
-        for run in runs:
-            draw_line(axis, run, "step", name, **look)
-
-        # the first row of each run: at the start of training, or soon after it
-        first = np.mean([run[0][name] for run in runs])
-        axis.axhline(first, color=look["color"], linestyle=":", zorder=0)
-    axis.set(xlabel="step")
-
-
-def draw_ends(axis, rows, what):
-    """One quantity at the last step of every run, against P / (v m^3): a line a level."""
-    last = {row["file"]: row | {"x": row["P"] / (row["v"] * row["m"] ** 3)} for row in rows}
-    for name, look in level_columns(rows, what):
-        ends = [row for row in last.values() if name in row]
-        draw_line(axis, ends, "x", name, label=name.replace(what, "level"), **look)
-    axis.set(xscale="log", xlabel="$P\\,/\\,(v\\,m^3)$, at the last step")
-
-
-def draw_phases(tables):
-    """The figure of phases.png: a row of panels for every learner that has traces, and one more
-    if they are of several P."""
-    lines = []
-    for learner in PHASES:
-        rows = tables[learner]
-        if rows:
-            lines.append((learner, draw_steps))
-        ends = {row["file"]: row.get("P") for row in rows}
-        if len(set(ends.values())) > 1 and None not in ends.values():
-            lines.append((learner, draw_ends))
-    if not lines:
-        return None
-    figure, axes = new_figure(len(lines), 2, 6.3, 4.8)
-    for line, (learner, draw_quantity) in zip(axes, lines):
-        for axis, (what, title) in zip(line, PHASES[learner].items()):
-            draw_quantity(axis, tables[learner], what)
-            axis.set_title(f"{learner}: {title}")
-        line[0].set_ylim(-0.02, 1.05)
-
-        # the highest level on top, as in the tree
-        handles, _ = line[1].get_legend_handles_labels()
-        line[1].legend(handles=handles[::-1], loc="upper left", bbox_to_anchor=(1, 1))
-    title = "When each level is learned (a line a run; dotted: where it starts)"
-    figure.suptitle(title, x=0, ha="left")
-    return figure
-
-
-# --------------------------------------------------------------------------------------------------
-# contrast.png
-
-
-def draw_contrast(tables):
-    """The figure of contrast.png: a panel for every grammar size, a line for every target."""
-    from matplotlib.ticker import LogLocator
-
-    # a contrast of 0 has no logarithm; shallower trees say nothing that the deepest does not
-    rows = [row for row in tables["contrast"] if row["contrast"] > 0]
-    sizes = group(rows, "v", "s", "m", "zipf").values()
-    rows = [row for size in sizes for row in size if row["L"] == max(r["L"] for r in size)]
+@OUR_STYLE
+def prediction(*paths, out=None):
+    """P* of clustering over its prediction, one fitted constant times the largest P_noise over the
+    levels of a tree. None if no size is in both tables."""
+    tables, rows = read(paths), []
+    size = "v", "s", "m", "L", "zipf", "target"
+    noise = group(tables["contrast"], *size)        # a row for each level
+    for row in tables["P50"]:
+        levels = noise.get(tuple(row[name] for name in size))
+        is_plain = row["learner"] == "cluster" and not row["settings"]
+        if levels and is_plain and row["P50"][0] == "=":    # a bound can't be compared
+            rows.append(row | {"P_noise": max(level["P_noise"] for level in levels)})
     if not rows:
         return None
-    colours = with_spare(COLOURS, SPARE_COLOURS, [row["target"] for row in rows])
-    sizes = group(rows, "v", "s", "m", "L", "zipf")
-    figure, axes = new_figure(len(sizes), 1, 10, 5)
-    for axis, ((v, s, m, L, zipf), lines) in zip(axes[:, 0], sizes.items()):
-        ends = []
-        for k, ((target,), line) in enumerate(group(lines, "target").items()):
-            label = NAMES.get(target, target)
-            if len(line) > 1:
-                # the factor of one level up, by least squares
-                levels = [row["level"] for row in line]
-                slope, _ = np.polyfit(levels, [math.log(row["contrast"]) for row in line], 1)
-                label += f", \u00d7{math.exp(slope):.2f} a level"
-            look = {"color": colours[target], "marker": MARKERS[k % len(MARKERS)], "linewidth": 2}
-            ends.append(draw_line(axis, line, "level", "contrast", label=label, **look))
-        add_legend(axis, ends)
-
-        # 0.05, 0.1, 0.2 instead of powers of ten alone
-        axis.set(yscale="log", xticks=sorted({row["level"] for row in lines}))
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-        axis.set(xlabel="level", ylabel="contrast of parents' contexts")
-        size = describe(v=v, s=s, m=m, L=L, zipf=zipf)
-        axis.set_title(f"How far apart parents' contexts are\n{size}")
-    return figure
-
-
-# --------------------------------------------------------------------------------------------------
-# prediction.png
-
-
-def predictions(tables):
-    """[(target, m, predicted P, measured P*)] of cluster.py, for sizes in both tables.
-
-    Predicted: the P at which noise equals contrast, the largest over the levels of the tree."""
-    needed = {}
-    for size, rows in group(tables["contrast"], "v", "s", "m", "L", "zipf", "target").items():
-        needed[size] = max(row["P_noise"] for row in rows)
-    found = []
-    for row in tables["depth"]:
-        sign, measured = row["P50"]
-        learner, target = parts(row["method"])
-        size = (*(row[name] for name in ("v", "s", "m", "L", "zipf")), target)
-        is_plain = learner == "cluster" and ":" not in row["method"]
-        if sign == "=" and is_plain and size in needed:
-            found.append((target, row["m"], needed[size], measured))
-    return found
-
-
-def draw_prediction(tables):
-    """The figure of prediction.png: measured against predicted P*, times one fitted constant."""
-    found = predictions(tables)
-    if len(found) < 2:
-        return None
-    logs = np.log([measured / predicted for _, _, predicted, measured in found])
-    factor, error = math.exp(logs.mean()), math.exp(logs.std())
-
-    figure, axes = new_figure(1, 1, 9, 6)
-    axis, several = axes[0, 0], sorted({m for _, m, _, _ in found})
-    colours = with_spare(COLOURS, SPARE_COLOURS, [target for target, _, _, _ in found])
-    for target, m, predicted, measured in found:
-        look = {"color": colours[target], "marker": MARKERS[several.index(m) % len(MARKERS)]}
-        axis.plot(factor * predicted, measured, linestyle="", **look)
-    ends = [factor * predicted for _, _, predicted, _ in found]
-    line = [min(ends), max(ends)]
-    axis.plot(line, line, color="0.6", linewidth=1, zorder=0)
-
-    # a name for every colour, and one for every marker
-    for target in dict.fromkeys(target for target, _, _, _ in found):
-        axis.plot([], [], "s", color=colours[target], label=NAMES.get(target, target))
-    for k, m in enumerate(several):
-        axis.plot([], [], MARKERS[k % len(MARKERS)], color="0.5", label=f"m={m}")
-    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    axis.set(xscale="log", yscale="log", ylabel="P* of cluster.py, training strings")
-    axis.set_xlabel(f"{factor:.2g} \u00d7 the P at which sampling noise equals the contrast")
-    title = f"P* from the rules alone, times one constant: right to a factor of {error:.2g}"
-    axis.set_title(f"{title}\n(one standard deviation over {len(found)} cells)")
-    return figure
-
-
-# --------------------------------------------------------------------------------------------------
-# draw
-
-
-PICTURES = {
-    "samples_vs_depth.png": draw_depth,
-    "methods.png": draw_methods,
-    "collapse.png": draw_collapse,
-    "phases.png": draw_phases,
-    "contrast.png": draw_contrast,
-    "prediction.png": draw_prediction,
-}
-
-
-def draw(*names):
-    """Draw what files and folders of sweep.py allow. Returns the paths of the pictures.
-
-    Raises ValueError of one line if a file is not what it should be, or there is nothing to draw,
-    ImportError without matplotlib and OSError if a picture cannot be written. No picture is drawn
-    before all files are checked, and none is written before all are drawn."""
-    found = gather(names)
-    paper = [row for tables in found.values() for row in tables["paper"]]
-
-    os.environ["MPLBACKEND"] = "agg"  # a notebook may have left another
-    # matplotlib warns where it cannot keep its cache in the home folder
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    import matplotlib.style
-
-    # a user's own style would change the bytes
-    images = {}
-    with matplotlib.style.context(["default", STYLE]):
-        for folder, tables in found.items():
-            for name, make in PICTURES.items():
-                figure = make(tables | {"paper": paper})
-                if figure is not None:
-                    image = io.BytesIO()
-                    figure.savefig(image, format="png", metadata={"Software": None})
-                    images[folder / name] = image.getvalue()
-
-    # all are drawn before the first is written
-    if not images:
-        raise ValueError(f"{', '.join(map(str, names))}: nothing to draw")
-    for path, image in images.items():
-        write(path, image)
-    return list(images)
-
-
-def write(path, image):
-    """Write the whole picture or nothing, even if another process writes the same one."""
-    # the process's number keeps two writers apart
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(image)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, except that bad input gives one line and exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+    constant = fit("all targets", rows)
+    figure, (axis,) = new_figure(f"P* of clustering; predicted: {constant:.2f} x P_noise", 1)
+    for (label,), some in group(rows, "label").items():
+        xs = [constant * row["P_noise"] for row in some]    # one constant for all targets
+        ys = [row["P50"][1] / x for row, x in zip(some, xs)]
+        look = {"linestyle": "", "label": f"{label} (own constant {fit(label, some):.2f})"}
+        axis.plot(xs, ys, **styles_of(rows)[label] | look)
+    axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)   # where the prediction holds
+    axis.set(xscale="log", yscale="log", xlabel="predicted P*", ylabel="measured / predicted P*")
+    return save(figure, paths[0], "-prediction", out)
 
 
 def main():
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
-    parser.add_argument("out", nargs="*", default=["out"], help="folders of sweeps, or CSV files")
-    names = parser.parse_args().out
-    if hasattr(sys.stdout, "reconfigure"):
-        # a path may have letters that a terminal has not
-        sys.stdout.reconfigure(errors="backslashreplace")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE.csv")
+    parser.add_argument("--collapse", action="store_true", help="draw P* / (v m^3) against m")
+    parser.add_argument("--out", metavar="FILE.png", help="write the picture there")
+    args = parser.parse_args()
     try:
-        for picture in draw(*names):
-            print(f"wrote {picture}", flush=True)
+        kinds = tuple(sorted(read(args.files)))     # all are read before one is drawn
     except ValueError as error:
-        parser.error(f"argument out: {error}")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped\n")
-    except BrokenPipeError:
-        # `| head`; Python flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ImportError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.error(str(error))
+    pictures = {("P50",): collapse if args.collapse else samples_vs_depth, ("contrast",): contrast,
+                ("accuracy 1",): phases, ("unseen 1",): phases, ("P50", "contrast"): prediction}
+    picture = pictures[kinds](*args.files, out=args.out) if kinds in pictures else None
+    if picture is None:
+        parser.error(f"{', '.join(args.files)}: nothing to draw")
+    print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import time
 import traceback
 import uuid
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from functools import lru_cache
 from operator import itemgetter
@@ -96,7 +96,7 @@ def read_method(text):
     if target not in targets:
         raise ValueError(f"methods: {key} has no target {target!r}; it has {', '.join(targets)}")
     settings = {}
-    for change in changes:
+    for change in changes:      # :name=value
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"methods: a setting is written :name=value, not {change!r}")
@@ -119,7 +119,6 @@ def limits(cell, cap):
     can't have these sizes or settings."""
     learner, _, settings = read_method(cell.method)
     v, s, m, L = cell[1:5]
-    check_sizes(v, s, m, L)
     config = learner.Config.of(**settings).sized(v, s, m, L) if hasattr(learner, "Config") else None
     first = learner.lowest(v, s, m) if hasattr(learner, "lowest") else v * m
     steps_allow = learner.highest(v, config) if hasattr(learner, "highest") else math.inf
@@ -148,7 +147,7 @@ def next_P(cell, rungs, args):
     """The P that a seed's climb needs next, None at its end. rungs: {P: accuracies}."""
     P, last, _ = limits(cell, args.max_samples)
     reached = []
-    while P in rungs:
+    while P in rungs:           # what has been run
         is_read = args.until == "root" and len(rungs[P]) == cell.L
         reached.append(rungs[P][cell.L - 1 if is_read else cell.L - 2])
         P *= 2
@@ -161,13 +160,13 @@ def climb(args, cell, seed, rungs):
     rungs: {P: accuracies} of the runs that are known. Returns lines about those that diverged."""
     learner, target, settings = read_method(cell.method)
     lines = []
-    while P := next_P(cell, rungs, args):
+    while P := next_P(cell, rungs, args):   # P, 2 P, 4 P, ... until P* is known
         start = time.perf_counter()
         try:
             g = Grammar.random(*cell[1:5], seed, cell.zipf)
             rungs[P] = learner.recover(g, P, seed, target=target, device=args.device, **settings)
         except FloatingPointError as error:
-            rungs[P] = [math.nan] * (cell.L - 1)
+            rungs[P] = [math.nan] * (cell.L - 1)            # a loss was not finite
             lines.append(f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}: {error}")
         append(args, cell, P, seed, rungs[P], time.perf_counter() - start)
     return lines
@@ -200,6 +199,7 @@ def append(args, cell, P, seed, accuracy, seconds):
     """Put a run on disk: a row for each level, level 1 last, as a seal; in one write."""
     code, lines = code_of(read_method(cell.method)[0]), ""
     for level in reversed(range(1, len(accuracy) + 1)):
+        # method, v, s, m, L, zipf, P, seed, level, accuracy, seconds
         about = [*cell, P, seed, level, f"{accuracy[level - 1]:.6f}", f"{seconds:.3f}"]
         lines += ",".join(map(str, [*about, args.device, code])) + "\n"
     with open(own_file(args.out), "ab") as file:
@@ -225,6 +225,7 @@ def read_runs(out, warn=lambda line: None):
                     learner, _, _ = read_method(cell.method)
                 except (TypeError, ValueError):             # a last line that was cut short
                     continue
+                # what other code has made stays there, for the day it comes back
                 if row["code"] == code_of(learner):
                     found.setdefault(key, {})[level] = row
                 else:
@@ -262,17 +263,19 @@ def estimate(stars):
 def slope(points, is_factor):
     """Least squares of log P* over all seeds against x, with its standard error: a text, "" if
     there is none. points: {x: stars}; is_factor: exp(slope), the growth of P* per unit of x."""
+    # one point for every seed
     x = np.array([x for x, stars in points.items() for _ in stars], float)
     log = np.array([math.log(P) for stars in points.values() for P, _ in stars])
     signs = np.array([sign for stars in points.values() for _, sign in stars])
     if len(points) < 2:
         return ""
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()      # slope = weights . log
     value = weights @ log
     pulls = set(np.sign(weights * signs)) - {0.0}           # of the seeds that are bounds
     scale = math.exp(value) if is_factor else 1
     text = f"{math.exp(value) if is_factor else value:.2f}"
     if pulls:
+        # all in one direction: the slope is a bound
         return f"{'>' if 1 in pulls else '<'}{text}" if len(pulls) == 1 else ""
     if len(x) < 3:
         return text
@@ -288,6 +291,7 @@ def table_row(cell, runs, args):
     for level, name in (cell.L - 1, "P50"), (cell.L, "root_P50"):
         stars = []
         for rungs in ladders:
+            # not every learner reads the root
             P = sorted(P for P in rungs if len(rungs[P]) >= level)
             if P:
                 accuracy = [rungs[p][level - 1] for p in P]
@@ -303,6 +307,8 @@ def table_row(cell, runs, args):
     if 1 in signs:
         by_steps = limits(cell, args.max_samples)[2]
         row["status"] = "limited by steps" if by_steps else "beyond Pmax"
+        if any(next_P(cell, rungs, args) for rungs in ladders):
+            row["status"] = "not finished"
     if any(math.isnan(values[0]) for rungs in ladders for values in rungs.values()):
         row["status"] = "diverged"
     return row
@@ -310,7 +316,7 @@ def table_row(cell, runs, args):
 
 TABLE = ("method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P50_over_vm3,root_P50,root_P50_lo,root_P50_hi,"
          "seeds,censored,status").split(",")
-MARKS = {"limited by steps": "s", "diverged": "x", "not run": "-"}
+MARKS = {"limited by steps": "s", "not finished": "..", "diverged": "x", "not run": "-"}
 
 
 def size_table(rows):
@@ -327,6 +333,7 @@ def size_table(rows):
         if part == "root_P50" and not stars:
             continue
         texts = [cell_text(line[L], part) if L in line else "" for L in depths]
+        # beyond the depth where the only grandparent is the root
         deep = {L: stars[L] for L in stars if L > 2}
         growth = slope(deep, is_factor=True)
         if growth:
@@ -335,6 +342,7 @@ def size_table(rows):
         law = LAW.get(read_method(method)[1], "") if part == "P50" else ""
         name = method if part == "P50" else f"{method}, root"
         table.append([name, *texts, growth, law])
+    # columns of one width
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in table]
@@ -377,7 +385,7 @@ def write_tables(args, unrun):
     runs, out = read_runs(args.out), Path(args.out)
     methods = [*ALL, *sorted({cell.method for cell, _ in runs} - set(ALL))]
 
-    def place(cell):
+    def place(cell):            # sizes, then methods in the order of ALL
         return cell.v, cell.s, cell.m, cell.zipf, methods.index(cell.method), cell.L
 
     def write(name, columns, rows):
@@ -402,6 +410,7 @@ def start_worker():
     """Set up a worker process: one thread. It ends silently at Ctrl-C, and with its parent, for
     which it would otherwise wait for ever."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())            # its own would outlive a killed process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -409,7 +418,7 @@ def start_worker():
 
 def finished(ladders, args, jobs):
     """Climb all ladders, [(cell, seed, rungs)]. Yields (cell, seed, lines, its error or None)."""
-    if jobs == 1:
+    if jobs == 1:               # here, so that a debugger works
         for cell, seed, rungs in ladders:
             try:
                 yield cell, seed, climb(args, cell, seed, rungs), None
@@ -423,6 +432,8 @@ def finished(ladders, args, jobs):
             for future in as_completed(futures):
                 cell, seed, _ = futures[future]
                 error = future.exception()
+                if isinstance(error, BrokenExecutor):       # a worker was killed
+                    raise error
                 yield cell, seed, [] if error else future.result(), error
         except BaseException:
             # Ctrl-C: don't wait for runs that will be done again
@@ -454,6 +465,7 @@ def sweep(cells, args, jobs, rank, world):
                 lines = [f"{name} seed {seed} failed:", *traceback.format_exception(error)]
             for line in lines:
                 tqdm.write(line)
+            # a line of the table as soon as all of its seeds are done
             left[cell] -= 1
             if left[cell] == 0 and world == 1:
                 row = table_row(cell, read_runs(args.out), args)
@@ -468,11 +480,17 @@ def span(text):
     """An argparse type: 4, or 2..6, or 2,4,6 -> a list of whole numbers, each once."""
     numbers = set()
     for part in text.split(","):
-        low, _, high = part.partition("..")
+        low, _, high = part.partition("..")     # high is "" for a single number
         numbers.update(range(int(low), int(high or low) + 1))
     if not numbers:
         raise ValueError
     return sorted(numbers)
+
+
+def seeds(text):
+    """An argparse type: 5 for 0..4, or as span."""
+    is_number = ".." not in text and "," not in text
+    return span(f"0..{int(text) - 1}" if is_number else text)
 
 
 def read_flags():
@@ -486,7 +504,7 @@ def read_flags():
     add("--zipf", type=float, default=0.0, help="rule j has p ~ (j+1)^-zipf (default 0)")
     add("--methods", default="all", help=f"{', '.join(ALL)} or any LEARNER-TARGET:SETTING=VALUE, "
         "separated by commas; or all, which runs networks only at some depths of 2..4")
-    add("--seeds", help="5 for 0..4, or 100..104 (default 5 seeds, networks 3)")
+    add("--seeds", type=seeds, help="5 for 0..4, or 100..104 (default 5 seeds, networks 3)")
     add("--threshold", type=float, default=0.5, help="the accuracy that counts (default 0.5)")
     add("--until", choices=["level", "root"], default="level", help="whose P* ends a climb")
     add("--max-samples", type=int, default=2**20, help="largest P (default 2^20)")
@@ -495,9 +513,6 @@ def read_flags():
     add("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
     try:
-        if args.seeds:
-            is_range = ".." in args.seeds or "," in args.seeds
-            args.seeds = span(args.seeds) if is_range else range(int(args.seeds))
         cells, unrun = cells_of(args)
         (Path(args.out) / "runs").mkdir(parents=True, exist_ok=True)
     except ValueError as error:
@@ -516,16 +531,18 @@ def cells_of(args):
     for method, m, L in itertools.product(methods, args.m, args.depth):
         learner, _, _ = read_method(method)
         cell = Cell(method, args.v, args.s, m, L, args.zipf)
-        try:
-            first, last, by_steps = limits(cell, args.max_samples)
-        except ValueError:
-            if method in named or method == "cluster":
-                raise
-            last = None                         # of `all`: this learner can't have that size
-        if last is None or method not in named and L not in ALL[method]:
+        check_sizes(args.v, args.s, m, L)       # names the flag
+        if method not in named and L not in ALL[method]:
             unrun.append(cell)
             continue
-        if first > last:
+        try:
+            first, last, by_steps = limits(cell, args.max_samples)
+        except ValueError as error:
+            if method in named:
+                raise ValueError(f"methods: {method}: {error}") from None
+            unrun.append(cell)                  # of `all`: this learner can't have that size
+            continue
+        if first > last:                        # or it would be missing in silence
             flag = "methods" if by_steps else "max-samples"
             raise ValueError(f"{flag}: {method} at m = {m} starts at {first}, the last is {last}")
         cells[cell] = args.seeds or range(getattr(learner, "SEEDS", 5))
@@ -543,8 +560,9 @@ def main():
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         failures = sweep(cells, args, min(jobs, 61), rank, world)   # Windows has no more
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command continues from the runs in {args.out}")
+    except (KeyboardInterrupt, BrokenExecutor) as error:
+        reason = "a process was killed" if isinstance(error, BrokenExecutor) else "stopped"
+        sys.exit(f"\n{reason}; the same command continues from the runs in {args.out}")
     if world > 1:
         # wait until all ranks are done, and add up
         dist.init_process_group("gloo", timeout=timedelta(days=365))
