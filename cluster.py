@@ -26,11 +26,12 @@ factor of m:
 import operator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from grammar import (
-    TEST_STRINGS, Settings, accuracy, as_strings, cousins, digits, generator, read_flags, run,
+    TEST_STRINGS, Settings, accuracy, as_strings, cousins, generator, read_flags, run,
     setting, tuple_codes,
 )
 
@@ -293,6 +294,8 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     if target not in TARGETS:
         raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
     if target == "root":
+        if root is None or len(root) != len(x):
+            raise ValueError("root: must be (P,) labels, one for each string")
         root = torch.as_tensor(root).to(x.device)
     rng = torch.Generator().manual_seed(int(generator("cluster", seed).integers(2**62)))
     tree, h = Tree(v, s, L, target), x
@@ -331,8 +334,8 @@ def main():
         print(f"{l:5}   {seen:>11}   {right:8.3f}")
     print("\nlevel 1 as learned: the tuples in one line are one symbol")
     for a in range(min(v, 8)):
-        codes = tree.tuples[0].codes[tree.symbols[0] == a]
-        pieces = digits(codes.cpu().numpy(), v, s)          # (tuples, s)
+        codes = tree.tuples[0].codes[tree.symbols[0] == a].cpu().numpy()
+        pieces = zip(*np.unravel_index(codes, [v] * s))     # the digits of each code in base v
         print(f"  {a}: " + " | ".join(" ".join(map(str, piece)) for piece in pieces))
 
 

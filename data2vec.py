@@ -49,10 +49,10 @@ BLOCK = 100                 # steps whose fresh strings are drawn at once
 class Config(Settings):
     # the encoder
     encoder: str = setting("tree", "tree or transformer: is the tree known?", "transformer")
-    width: int = setting(32, "d, features of a position or node", 2048)
-    hidden: int = setting(64, "hidden units of the two-layer networks", 8192)
-    layers: int = setting(3, "blocks of the transformer", 8)
-    heads: int = setting(4, "heads of the transformer's attention", 32)
+    width: int = setting(32, "d, features of a position or node", 2048, (1, 10**5))
+    hidden: int = setting(64, "hidden units of the two-layer networks", 8192, (1, 10**5))
+    layers: int = setting(3, "blocks of the transformer", 8, (1, 100))
+    heads: int = setting(4, "heads of the transformer's attention", 32, (1, 1000))
     dropout: float = setting(0.0, "of the transformer", 0.1, (0, 0.9))
     # the target
     average_top_k: int = setting(3, "K, how many of the last maps are the target", 4, (1, 100))
@@ -65,8 +65,8 @@ class Config(Settings):
         "0", "level of hidden nodes; top: L-2; mixed: each string draws from 0..L-2", "0")
     # how it is trained
     ema_decay: float = setting(0.97, "of the teacher, a step", 0.99, (0, 1))
-    lr: float = setting(4e-3, "learning rate of AdamW", 1e-4)
-    weight_decay: float = setting(0.3, "of AdamW, on matrices and embeddings", 0.01)
+    lr: float = setting(4e-3, "learning rate of AdamW", 1e-4, (0, 1e38))
+    weight_decay: float = setting(0.3, "of AdamW, on matrices and embeddings", 0.01, (0, 1e38))
     warmup: int = setting(100, "steps in which the learning rate rises", 1, (1, 10**9))
     cooldown: float = setting(0.2, "share of steps, at the end, in which it falls", 0.0, (0, 1))
 
@@ -78,7 +78,7 @@ class Config(Settings):
 
     def sized(self, v, s, m, L):
         """Itself, or a ValueError that names what doesn't fit these sizes."""
-        check_range("m", m, 2, m)                           # a single rule has no synonym
+        check_range("m", m, 2, v ** (s - 1))                # a single rule has no synonym
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder: must be {' or '.join(ENCODERS)}, not {self.encoder}")
         if self.mask_block not in ("top", "mixed", *map(str, range(L))):
@@ -493,7 +493,8 @@ def synonym_scores(features, grammar, seed, n=1024):
             change = [b - a for a, b in zip(before, features(swapped[0]))]
             change = [pool(h, nodes)[torch.arange(n), node] for h in change]        # (n, d)
             moved[kind] = torch.stack([h.norm(dim=1).mean() for h in change])
-        ratio = moved["synonym"] / moved["generic"].clamp(min=1e-12)
+        # a map that never moves knows nothing
+        ratio = torch.where(moved["generic"] > 0, moved["synonym"] / moved["generic"], 1.0)
         scores.append((1 - ratio).max().item())
     return scores
 

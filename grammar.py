@@ -56,8 +56,8 @@ class Grammar:
         rules = torch.stack([torch.as_tensor(rule) for rule in rules])
         if rules.shape != (L, v, m, s) or rules.is_floating_point():
             raise ValueError(f"rules: must be {L} levels of integers ({v}, {m}, {s})")
-        check_range("rules", rules.min(), 0, v - 1)
-        check_range("rules", rules.max(), 0, v - 1)
+        for symbol in int(rules.min()), int(rules.max()):
+            check_range("rules", symbol, 0, v - 1)
         if any(len(tuple_codes(rule, v).unique()) < v * m for rule in rules):
             raise ValueError("rules: all tuples of a level must be different")
         # a copy: nobody else can change it
@@ -78,7 +78,8 @@ class Grammar:
         for _ in range(L):
             # in random order, so that any m in a row are a random set
             codes = rng.choice(v**s, size=v * m, replace=False)
-            rules.append(digits(codes, v, s).reshape(v, m, s))
+            symbols = np.unravel_index(codes, [v] * s)      # the digits of each code in base v
+            rules.append(np.stack(symbols, -1).reshape(v, m, s))
         return Grammar(v, s, m, L, rules, zipf)
 
     @staticmethod
@@ -120,7 +121,7 @@ class Grammar:
         rules = [rule.numpy().reshape(-1, s).copy() for rule in self.rules]    # (v m, s)
         if without is not None:
             check_range("without", without, 1, L)
-            check_range("m", m, 2, m)
+            check_range("m", m, 2, self.v ** (s - 1))
             rules[without - 1][0::m] = rules[without - 1][1::m]
 
         rng = generator("strings", seed)
@@ -174,8 +175,9 @@ class Grammar:
         changes, so that no rule may give the new string. levels: what sample or parse returns.
         Returns new levels and the nodes, (P,) int64. A seed picks the same nodes for both kinds."""
         check_range("l", l, 1, self.L)
-        if kind == "synonym":
-            check_range("m", self.m, 2, self.m)
+        check_range("m", self.m, 2 if kind == "synonym" else 1, self.v ** (self.s - 1))
+        if kind not in ("synonym", "generic"):
+            raise ValueError(f"kind: must be synonym or generic, not {kind}")
         rng, s, m, P = generator("swap", seed), self.s, self.m, len(levels[0])
         rules = [rule.numpy().reshape(-1, s) for rule in self.rules]   # (v m, s)
         swapped = [level.cpu().numpy().copy() for level in levels]
@@ -337,9 +339,9 @@ class Grammar:
 
 def check_sizes(v, s, m, L):
     """Raise ValueError, naming the size, unless a grammar of these can be stored: a symbol
-    in a byte, a tuple in 63 bits, a string of at most 2^24 tokens."""
+    in a byte, a tuple in 63 bits and 32 digits, a string of at most 2^24 tokens."""
     check_range("v", v, 2, 256)
-    check_range("s", s, 2, math.ceil(63 / math.log2(v)) - 1)
+    check_range("s", s, 2, min(32, math.ceil(63 / math.log2(v)) - 1))
     check_range("m", m, 1, v ** (s - 1))
     check_range("depth", L, 2, int(24 / math.log2(s) + 1e-9))
 
@@ -375,15 +377,11 @@ def generator(stream, seed):
     """A numpy generator. seed: a whole number or a tuple of them. Streams of one seed, such as
     the rules and the strings, are independent if their names differ in the first 4 letters."""
     seed = seed if isinstance(seed, tuple) else (seed,)
+    for part in seed:
+        check_range("seed", part, 0, 2**64 - 1)
     # its length too, or (1,) and (1, 0) would be one seed
     name = int.from_bytes(stream.encode()[:4], "little")
     return np.random.default_rng([name, len(seed), *map(operator.index, seed)])
-
-
-def digits(codes, base, n):
-    """(..., n): the n digits of every code in this base, the highest first."""
-    powers = base ** np.arange(n, dtype=np.int64)[::-1]
-    return codes[..., None] // powers % base
 
 
 def tuple_codes(tuples, v):
@@ -473,13 +471,16 @@ def linear_probe(features, labels, v):
 def as_strings(x, v, s, L=None):
     """Anyone's strings, of symbols 0..v-1: an integer tensor, an array, or a list of either ->
     ((P, s^L) uint8 tensor on x's device, L). L: the depth they must have. Raises ValueError."""
+    check_range("v", v, 2, 256)
+    check_range("s", s, 2, 32)
     if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0]):
         x = torch.stack(list(x))
     if not torch.is_tensor(x):
         x = np.asarray(x)
         x = x.astype(np.int64, order="C") if x.dtype.kind in "iu" else x.astype(float)
         x = torch.from_numpy(x)             # which takes no foreign byte orders, no views
-    if x.is_floating_point() or x.numel() and not 0 <= x.min() <= x.max() < v:
+    # int, as 256 would be 0 in bytes
+    if x.is_floating_point() or x.numel() and not 0 <= int(x.min()) <= int(x.max()) < v:
         raise ValueError(f"x: must hold whole numbers, symbols 0..{v - 1}")
     length = x.shape[1] if x.ndim == 2 and len(x) else 0    # 0: refused below
     depth = round(math.log(max(length, 1), s))
@@ -516,7 +517,10 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value, allowed = f.type(getattr(self, f.name)), f.metadata["allowed"]
+            given, allowed = getattr(self, f.name), f.metadata["allowed"]
+            value = f.type(given) if f.type is str or not isinstance(given, str) else None
+            if f.type is not str and value != given:        # 2.5 steps, or a text
+                raise ValueError(f"{f.name}: must be of type {f.type.__name__}, not {given!r}")
             setattr(self, f.name, value)                    # numpy's numbers become Python's
             if allowed and isinstance(value, str) and value not in allowed:
                 raise ValueError(f"{f.name}: must be {' or '.join(allowed)}, not {value}")
@@ -578,8 +582,11 @@ def read_flags(doc, samples, targets, Config, files=()):
         check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
         for path in filter(None, (getattr(args, flag) for flag in files)):
             open(path, "ab").close()                        # fails now, not after the work
-    except (ValueError, OSError) as error:
-        parser.error(f"argument --{error}" if isinstance(error, ValueError) else str(error))
+    except ValueError as error:
+        name, _, reason = str(error).partition(":")
+        parser.error(f"argument --{name.replace('_', '-')}:{reason}")
+    except OSError as error:
+        parser.error(str(error))
     return args, grammar, config
 
 
@@ -736,8 +743,10 @@ def main():
             seeds = range(args.seed, args.seed + max(1, args.seeds))
             grammars = [Grammar.random(*sizes, seed, args.zipf) for seed in seeds]
         levels = grammars[0].sample(args.samples, args.seed, args.device)
-    except ValueError as error:
-        parser.error(f"argument --{error}")
+        if args.save:
+            open(args.save, "ab").close()
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --{error}" if isinstance(error, ValueError) else str(error))
 
     if args.contrast:
         print("\n".join(contrast_rows(grammars)))

@@ -47,11 +47,11 @@ class Config(Settings):
     steps: int = setting(800, "training steps, at most (the paper has epochs)", 10**6, (1, 10**9))
     epochs: int = setting(200, "passes over the P strings, at most", 30, (1, 10**9))
     batch: int = setting(0, "strings a step; 0: 8 v, as 1 in v pairs are synonyms", 32, (0, 10**6))
-    lr: float = setting(5e-3, "learning rate of AdamW", 3e-3)
+    lr: float = setting(5e-3, "learning rate of AdamW", 3e-3, (0, 1e38))
     schedule: str = setting("linear", "of the learning rate: linear falls to 0, or constant",
                             "constant", ("linear", "constant"))
-    weight_decay: float = setting(1e-3, "of AdamW", 1e-3)
-    hidden: int = setting(64, "width of the hidden layers", 150)
+    weight_decay: float = setting(1e-3, "of AdamW", 1e-3, (0, 1e38))
+    hidden: int = setting(64, "width of the hidden layers", 150, (1, 10**5))
     codes: int = setting(0, "d_h, clusters of a module, v or more; 0: 5 v / 4", 128, (0, 4096))
     ema_decay: float = setting(0.985, "of the teacher; 0: no teacher", 0.985, (0, 1))
     detach: str = setting(
