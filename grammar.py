@@ -105,7 +105,8 @@ class Grammar:
         """Write strings, their hidden levels and the rules as an .npz, for load."""
         arrays = {f"level{l}": level.cpu().numpy() for l, level in enumerate(levels)}
         arrays |= {f"rules{l}": rule.numpy() for l, rule in enumerate(self.rules)}
-        np.savez_compressed(file, **arrays, zipf=self.zipf)
+        with open(file, "wb") as opened:                    # numpy would add .npz to a name
+            np.savez_compressed(opened, **arrays, zipf=self.zipf)
 
     def sample(self, P, seed=0, device="cpu", without=None):
         """Sample P derivations: the root is uniform, and every symbol picks one of its
