@@ -294,9 +294,9 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     if target not in TARGETS:
         raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
     if target == "root":
-        if root is None or len(root) != len(x):
-            raise ValueError("root: must be (P,) labels, one for each string")
-        root = torch.as_tensor(root).to(x.device)
+        root = torch.as_tensor([] if root is None else root).to(x.device)
+        if root.shape != x.shape[:1] or not 0 <= int(root.min()) <= int(root.max()) < v:
+            raise ValueError(f"root: must be (P,) labels 0..{v - 1}, one for each string")
     rng = torch.Generator().manual_seed(int(generator("cluster", seed).integers(2**62)))
     tree, h = Tree(v, s, L, target), x
     for l in range(L - 1):

@@ -58,7 +58,8 @@ class Config(Settings):
     average_top_k: int = setting(3, "K, how many of the last maps are the target", 4, (1, 100))
     # what is seen and what is hidden
     online: bool = setting(False, "always fresh strings instead of P fixed ones", True)
-    steps: int = setting(5000, "optimiser steps; an online sweep: P / batch", 262144, (1, 10**9))
+    steps: int = setting(5000, "optimiser steps (an online sweep has P / batch instead)", 262144,
+                         (1, 10**9))
     batch: int = setting(64, "strings a step", 512, (1, 2**20))
     mask: float = setting(0.15, "chance of hiding a node; 1 or more per string", 0.15, (0, 1))
     mask_block: str = setting(
@@ -330,6 +331,7 @@ def ema_update(teacher, student, ema_decay):
         old.copy_(new)                                          # a batch norm's, of a fork
 
 
+@torch.enable_grad()
 def train(student, x, seed, callback=None, resume=None, progress=False):
     """The loop. x: (P, T) uint8 strings on the student's device, or a Grammar. Returns the
     teacher, the moving average of the student, heads and all."""
@@ -344,8 +346,8 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
         rank, world = dist.get_rank(), dist.get_world_size()
     loss_of = DistributedDataParallel(student) if world > 1 else student
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
-    about = {**vars(config), "v": student.v, "target": student.target, "seed": seed,
-             "strings": checksum(x)}
+    sizes = {"v": student.v, "s": student.s, "target": student.target}
+    about = {**vars(config), **sizes, "seed": seed, "strings": checksum(x)}
     done = load_state(resume, about, parts)
     drawn = batches(x, config, student.s, student.L, seed, done, device)
     bar = tqdm(drawn, initial=done, total=config.steps, disable=not progress or rank > 0)
@@ -392,6 +394,8 @@ def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=Non
     v, s, seed = operator.index(v), operator.index(s), operator.index(seed)
     if isinstance(x, Grammar):
         L, device = x.L, device or "cpu"
+        if (x.v, x.s) != (v, s):
+            raise ValueError(f"x: must have v={v} and s={s}, not {x}")
     else:
         x, L = as_strings(x, v, s)
         x = x.to(device or x.device)
@@ -577,6 +581,7 @@ def main():
     model = fit(x, v, s, args.target, seed, device, callback, args.resume, progress=True,
                 **vars(config))
     if world > 1:
+        dist.barrier()                                          # nobody leaves in the middle
         dist.destroy_process_group()
     if rank > 0:
         return

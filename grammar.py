@@ -519,9 +519,12 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             given, allowed = getattr(self, f.name), f.metadata["allowed"]
-            value = f.type(given) if f.type is str or not isinstance(given, str) else None
-            if f.type is not str and value != given:        # 2.5 steps, or a text
-                raise ValueError(f"{f.name}: must be of type {f.type.__name__}, not {given!r}")
+            try:
+                value = f.type(given) if f.type is str or not isinstance(given, str) else None
+            except (TypeError, ValueError, OverflowError):
+                value = None
+            if f.type is not str and value != given:        # 2.5 steps, nan, or a text
+                raise ValueError(f"{f.name}: must be a {f.type.__name__}, not {given!r}")
             setattr(self, f.name, value)                    # numpy's numbers become Python's
             if allowed and isinstance(value, str) and value not in allowed:
                 raise ValueError(f"{f.name}: must be {' or '.join(allowed)}, not {value}")
@@ -554,9 +557,9 @@ def to_device(name):
     if name == "auto":  # never mps, which we have not tried
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:         # the latter if torch has no CUDA
-        raise argparse.ArgumentTypeError(f"no {name} here: {error!s:.60}") from None
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):                  # the latter if torch has no CUDA
+        raise argparse.ArgumentTypeError(f"there is no {name} here") from None
     return name
 
 
@@ -581,8 +584,14 @@ def read_flags(doc, samples, targets, Config, files=()):
         grammar = Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
         config = Config.of(**settings).sized(args.v, args.s, args.m, args.depth)
         check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
-        for path in filter(None, (getattr(args, flag) for flag in files)):
-            open(path, "ab").close()                        # fails now, not after the work
+        paths = {flag: getattr(args, flag) for flag in files if getattr(args, flag)}
+        if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
+            raise ValueError(f"{list(paths)[-1]}: must be another file than the others")
+        for flag, path in paths.items():
+            with open(path, "a+b") as file:                 # fails now, not after the work
+                file.seek(0)
+                if flag != "trace" and file.read(2) not in (b"", b"PK"):
+                    raise ValueError(f"{flag}: {path} is there, and none of our files")
     except ValueError as error:
         name, _, reason = str(error).partition(":")
         parser.error(f"argument --{name.replace('_', '-')}:{reason}")
@@ -660,19 +669,25 @@ def load_network(Network, Config, file):
 
 
 def open_trace(path, columns):
-    """A CSV file to append rows to; path None drops them. After a resume some rows come twice."""
-    file = open(path or os.devnull, "a")
-    if file.tell() == 0:
-        print(*columns, sep=",", file=file, flush=True)
+    """A CSV file to append rows to; path None drops them. After a resume some rows come twice.
+    Raises WrongFile, naming trace, if the file has other columns."""
+    file, header = open(path or os.devnull, "a+"), ",".join(columns) + "\n"
+    file.seek(0)
+    there = file.readline()
+    if there not in ("", header):
+        raise WrongFile(f"trace: {path} has other columns than this run")
+    if not there:
+        print(header, end="", file=file, flush=True)
     return file
 
 
 def ranks():
     """(rank, world size, local rank) as torchrun sets them, [0, 1, 0] without it."""
-    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    if None in found and found != [None] * 3:
-        sys.exit("RANK, WORLD_SIZE and LOCAL_RANK: all are set, as by torchrun, or none")
-    return [0, 1, 0] if None in found else list(map(int, found))
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"
+    there = [name for name in names[:3] if name in os.environ]
+    if there and not all(name in os.environ for name in names):
+        sys.exit(f"{', '.join(names)}: all are set, as by torchrun, or none of the first three")
+    return [int(os.environ[name]) for name in there] or [0, 1, 0]
 
 
 def run(main):
@@ -734,14 +749,15 @@ def main():
     args = parser.parse_args()
     try:
         if args.load:
-            sizes = [f for f in ("v", "s", "m", "depth", "zipf")
+            sizes = [f for f in ("v", "s", "m", "depth", "zipf", "seeds")
                      if getattr(args, f) != parser.get_default(f)]
             if sizes:
                 print(f"--load decides: --{', --'.join(sizes)} ignored", file=sys.stderr)
             grammars = [Grammar.load(args.load)]
         else:
             sizes = args.v, args.s, args.m, args.depth
-            seeds = range(args.seed, args.seed + max(1, args.seeds))
+            check_range("seeds", args.seeds, 1, 10**6)
+            seeds = range(args.seed, args.seed + args.seeds)
             grammars = [Grammar.random(*sizes, seed, args.zipf) for seed in seeds]
         levels = grammars[0].sample(args.samples, args.seed, args.device)
         if args.save:

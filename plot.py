@@ -284,6 +284,8 @@ def main():
     parser.add_argument("--collapse", action="store_true", help="draw P* / (v m^3) against m")
     parser.add_argument("--out", metavar="FILE.png", help="write the picture there")
     args = parser.parse_args()
+    if args.out and not args.out.endswith(".png"):
+        parser.error("argument --out: must end in .png")
     try:
         kinds = tuple(sorted(read(args.files)))     # all are read before one is drawn
     except ValueError as error:

@@ -339,6 +339,7 @@ def clustering_loss(codes, positive, config):
 # ---- training --------------------------------------------------------------------------
 
 
+@torch.enable_grad()
 def train(student, x, seed, callback=None, resume=None, progress=False):
     """The loop. x: (P, s^L) uint8 strings on the student's device."""
     config, teacher = student.config, copy.deepcopy(student).requires_grad_(False)
@@ -348,7 +349,8 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
     steps = min(config.steps, math.ceil(config.epochs * len(x) / config.batch))
 
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
-    about = {**vars(config), "target": student.target, "seed": seed, "strings": checksum(x)}
+    sizes = {"v": student.v, "s": student.s, "target": student.target}
+    about = {**vars(config), **sizes, "seed": seed, "strings": checksum(x)}
     done = load_state(resume, about, parts)
     for step in trange(done + 1, steps + 1, initial=done, total=steps, disable=not progress):
         # all that a step draws depends on seed and step alone

@@ -28,6 +28,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -51,7 +52,7 @@ import cluster
 import data2vec
 import grammar
 import predictor
-from grammar import Grammar, check_sizes, ranks, run, to_device
+from grammar import MOST_TOKENS, Grammar, check_range, check_sizes, ranks, run, to_device
 
 # A learner is a module with recover(grammar, P, seed, target, device, **settings) -> [accuracy of
 # levels 1..L-1, and of the root if it is read]. It may also have TARGETS, Config, SEEDS (how many
@@ -106,12 +107,10 @@ def read_method(text):
 
 def typed(text):
     """The number, the truth value or the word that a text stands for."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text, text)
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
 
 
 def limits(cell, cap):
@@ -119,6 +118,7 @@ def limits(cell, cap):
     can't have these sizes or settings."""
     learner, _, settings = read_method(cell.method)
     v, s, m, L = cell[1:5]
+    cap = min(cap, MOST_TOKENS // s**L)
     config = learner.Config.of(**settings).sized(v, s, m, L) if hasattr(learner, "Config") else None
     first = learner.lowest(v, s, m) if hasattr(learner, "lowest") else v * m
     steps_allow = learner.highest(v, config) if hasattr(learner, "highest") else math.inf
@@ -151,7 +151,7 @@ def next_P(cell, rungs, args):
         is_read = args.until == "root" and len(rungs[P]) == cell.L
         reached.append(rungs[P][cell.L - 1 if is_read else cell.L - 2])
         P *= 2
-    found = len(reached) > 1 and min(reached[-2:]) >= args.threshold
+    found = len(reached) > 1 and all(a >= args.threshold for a in reached[-2:])     # nan is not
     return None if found or P > last else P
 
 
@@ -168,6 +168,8 @@ def climb(args, cell, seed, rungs):
         except FloatingPointError as error:
             rungs[P] = [math.nan] * (cell.L - 1)            # a loss was not finite
             lines.append(f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}: {error}")
+        if len(rungs[P]) not in (cell.L - 1, cell.L):
+            raise ValueError(f"recover: must return {cell.L - 1} or {cell.L} accuracies")
         append(args, cell, P, seed, rungs[P], time.perf_counter() - start)
     return lines
 
@@ -399,8 +401,9 @@ def write_tables(args, unrun):
     cells = sorted({cell for cell, _ in runs} | set(unrun), key=place)
     rows = [table_row(cell, runs, args) for cell in cells]
     write("samples_vs_depth.csv", TABLE, rows)
-    (out / "samples_vs_depth.md").write_text(tables(rows) + "\n", encoding="utf-8")
-    return tables(rows)
+    text = tables(rows)
+    (out / "samples_vs_depth.md").write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 # ---- all seeds of all cells, in several processes --------------------------------------
@@ -490,7 +493,7 @@ def span(text):
 def seeds(text):
     """An argparse type: 5 for 0..4, or as span."""
     is_number = ".." not in text and "," not in text
-    return span(f"0..{int(text) - 1}" if is_number else text)
+    return span(f"0..{int(text) - 1}" if is_number else text.replace("-", "x"))     # none below 0
 
 
 def read_flags():
@@ -514,6 +517,8 @@ def read_flags():
     args = parser.parse_args()
     try:
         cells, unrun = cells_of(args)
+        if Path(args.out, "runs.csv").exists() and not Path(args.out, "runs").exists():
+            raise ValueError(f"out: {args.out} has results without their runs; name another folder")
         (Path(args.out) / "runs").mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         parser.error(f"argument --{error}")
@@ -524,8 +529,12 @@ def read_flags():
 
 def cells_of(args):
     """({Cell: seeds} to run, the cells that `all` leaves out). Raises ValueError."""
-    words = args.methods.split(",")
-    named = [word.removesuffix("-latent") for word in words if word != "all"]
+    check_range("zipf", args.zipf, 0, 10)
+    check_range("threshold", args.threshold, 1e-9, 1)
+    check_range("jobs", args.jobs or 1, 1, 61)  # Windows waits for no more processes
+    words = [word.strip() for word in args.methods.split(",")]
+    # cluster-latent is cluster
+    named = [re.sub("-latent(?=:|$)", "", word) for word in words if word != "all"]
     methods = dict.fromkeys([*ALL, *named] if "all" in words else named)
     cells, unrun = {}, []
     for method, m, L in itertools.product(methods, args.m, args.depth):
@@ -550,8 +559,8 @@ def cells_of(args):
 
 
 def main():
-    args, cells, unrun = read_flags()
     rank, world, local_rank = ranks()
+    args, cells, unrun = read_flags()
     torch.set_num_threads(1)                    # as in a worker: results don't depend on --jobs
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
@@ -559,10 +568,12 @@ def main():
     if world > 1 and args.device == "cuda":     # one GPU a rank, by turns if there are fewer
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
-        failures = sweep(cells, args, min(jobs, 61), rank, world)   # Windows has no more
+        failures = sweep(cells, args, min(jobs, 61), rank, world)
     except (KeyboardInterrupt, BrokenExecutor) as error:
         reason = "a process was killed" if isinstance(error, BrokenExecutor) else "stopped"
-        sys.exit(f"\n{reason}; the same command continues from the runs in {args.out}")
+        safe = f"the same command continues from the runs in {args.out}"
+        print(f"\n{reason}; {safe}", file=sys.stderr)
+        sys.exit(130)
     if world > 1:
         # wait until all ranks are done, and add up
         dist.init_process_group("gloo", timeout=timedelta(days=365))

@@ -557,8 +557,9 @@ def test_two_processes_train_as_one(tmp_path):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python --".split()
     script = [sys.executable, "-c", "import data2vec as d; d.PROBE_STEPS = 5; d.main()"]
     command = [sys.executable, *torchrun, *script, *flags.split()]
-    ended = subprocess.run(command, cwd=HERE, capture_output=True)
-    assert ended.returncode == 0, ended.stderr
+    ended = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(ended.stdout.decode())                            # pytest shows it if this fails
+    assert ended.returncode == 0
     one, two = data2vec.fit(G.sample(50)[0], 4, 2, **settings), data2vec.load(tmp_path / "two")
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(one.parameters(), two.parameters()))
 
