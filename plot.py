@@ -58,7 +58,7 @@ def parts(row):
     """What a method's name says: data2vec-token:mask=0.15 has a learner, a target and settings."""
     name, _, settings = row.get("method", "").partition(":")
     learner, _, target = name.partition("-")        # own latents have no suffix
-    target = row.get("target") or target or "latent"        # contrast has targets, and no methods
+    target = row.get("target") or target or "latent"        # contrast has targets, no methods
     label = NAMES.get(target, target) + (f", {settings}" if settings else "")       # for legends
     return {"learner": learner, "target": target, "settings": settings, "label": label}
 
@@ -159,8 +159,7 @@ def draw_panels(rows, title, quantity, unit=lambda row: 1):
     """A panel for each size and learner, and for its root if it is a network's and known. Returns
     the figure and [(axis, rows, part)], where part is "root_" for the root and "" otherwise."""
     x, other = ("L", "m") if len(group(rows, "L")) > 1 else ("m", "L")      # what is along the axis
-    tables = group(rows, "v", "s", other, "zipf", "learner").items()
-    tables = sorted(tables, key=lambda table: table[0][:4])     # learners in the file's order
+    tables = sorted(group(rows, "v", "s", other, "zipf", "learner").items(), key=lambda t: t[0][:4])
     panels = [(key, table, "") for key, table in tables]    # level L-1 first
     panels += [(key, table, "root_") for key, table in tables
                if key[-1] != "cluster" and any(row["root_P50"][0] for row in table)]
