@@ -7,20 +7,16 @@ No network, no gradient.
 
 h(0) = x; then from the leaves up, for every level l = 0 .. L-2:
   1. form the level-l tuples, and number the ones that were seen;
-  2. predict: for every tuple, the empirical distribution of a target, given that
-     tuple: its context vector;
-  3. cluster the contexts into v groups with k-means: synonyms have the same parent,
-     hence the same context;
+  2. predict: for every tuple its context, the empirical distribution of a target beside it;
+  3. cluster the contexts into v groups with k-means: synonyms have the same one;
   4. a tuple's group is its symbol of level l+1.
 
-The target decides how many strings are needed: every level between it and the tuple costs a
-factor of m:
-  latent  the level-l symbols of its cousins (tuples under the same grandparent), as
-          just learned: v m^3 strings, the same on every level. This is Algorithm 1;
+The target decides how many strings are needed:
+  latent  the level-l symbols of its cousins (tuples under the same grandparent), as just
+          learned: v m^3 strings, the same on every level. This is Algorithm 1;
   token   the raw tokens under the cousins, l levels further down: v m^(l+3);
   root    the root label, L-l levels up: v m^(L-l);
-  joint   the cousin tuple itself, one of v m: v m^2. The table of cousin pairs is
-          clustered from both sides.
+  joint   the cousin tuple itself, one of v m: v m^2.
 """
 
 import operator
@@ -31,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from grammar import (
-    TEST_STRINGS, Settings, accuracy, as_strings, cousins, generator, read_flags, run,
+    TEST_STRINGS, Settings, accuracy, as_strings, check_word, cousins, generator, read_flags, run,
     setting, tuple_codes,
 )
 
@@ -44,9 +40,8 @@ STARTS = 16                 # of k-means for target joint
 @dataclass
 class Config(Settings):
     positions: str = setting(
-        "all", "all: every tuple position, with all its targets; cousins: one position, with all "
-        "of them; element: one position, with one of them", "cousins",
-        ("all", "cousins", "element"))
+        "all", "all: every tuple position, with all targets; cousins: one position, with all; "
+        "element: one position, with one target", "cousins", ("all", "cousins", "element"))
     restarts: int = setting(64, "starts of k-means; the best is kept", None, (1, 4096))
 
 
@@ -59,28 +54,23 @@ def lowest(v, s, m):
 
 
 class Tuples:
-    """The tuples seen in h, (P, n) symbols, numbered 0..K-1 in the order of their codes.
-
-    codes: (K,) int64, sorted, the base-v numbers of the tuples that occur in h. number:
-    (v^s,) int64, the number of every code, K if it was not seen."""
+    """The tuples seen in h, (P, n) symbols, numbered 0..K-1. codes: (K,) int64, sorted, what they
+    spell in base v. number: (v^s,) int64, the number of every code, K if it was not seen."""
 
     def __init__(self, h, v, s):
         self.v, self.s = v, s
-        parts = [self.spell(h[rows]).unique() for rows in chunks(h)]
-        self.codes = torch.cat(parts).unique()
+        parts = [h[rows].unflatten(1, (-1, s)) for rows in chunks(h)]
+        self.codes = torch.cat([tuple_codes(part, v).unique() for part in parts]).unique()
         self.K = len(self.codes)
         self.number = torch.full((v**s,), self.K, device=h.device)
         self.number[self.codes] = torch.arange(self.K, device=h.device)
 
-    def spell(self, h):
-        """(n, N s) symbols -> (n, N) int64 codes."""
-        return tuple_codes(h.unflatten(1, (-1, self.s)), self.v)
-
     def ids(self, h):
-        """(n, N s) symbols -> (n, N) int64 tuple numbers; K for a tuple that was not seen,
-        and for one that holds a negative symbol."""
-        unknown = (h < 0).unflatten(1, (-1, self.s)).any(2)
-        found = self.number.take(self.spell(h).masked_fill(unknown, 0))
+        """(n, N s) symbols -> (n, N) int64 tuple numbers; K for a tuple that was not seen, and for
+        one that holds a negative symbol."""
+        tuples = h.unflatten(1, (-1, self.s))               # (n, N, s)
+        unknown = (tuples < 0).any(2)
+        found = self.number.take(tuple_codes(tuples, self.v).masked_fill(unknown, 0))
         return found.masked_fill(unknown, self.K)
 
 
@@ -91,9 +81,8 @@ def chunks(h):
 
 
 def relabel(h, tuples, symbols):
-    """(P, n) level-l symbols -> (P, n/s) level-(l+1) symbols, one for each tuple.
-
-    symbols: (K+1,), the symbol of every tuple; the last is for unseen ones."""
+    """(P, n) level-l symbols -> (P, n/s) level-(l+1) symbols, one for each tuple. symbols: (K+1,),
+    the symbol of every tuple; the last is for unseen ones."""
     return torch.cat([symbols.take(tuples.ids(h[rows])) for rows in chunks(h)])
 
 
@@ -103,26 +92,23 @@ def relabel(h, tuples, symbols):
 def cooccurrences(h, x, root, tuples, target):
     """The tuples at every position of a family, and the targets beside each.
 
-    h: (p, n) level-l symbols; x: (p, s^L) tokens; root: (p,) labels, or None.
-    Returns (ids, targets): ids (T, 1, q), the numbers of the tuples at T positions in q
-    families; targets (T, E, q), the E targets of each. A family is the T = s tuples under one
-    grandparent. For target root it is the whole string, T = n/s, q = p, since P(root | tuple)
-    depends on where the tuple stands."""
+    h: (p, n) level-l symbols; x: (p, s^L) tokens; root: (p,) labels, or None. Returns ids
+    (T, 1, q), the numbers of the tuples at T positions in q families, and targets (T, E, q), E of
+    each. A family is the T = s tuples under one grandparent; for target root the whole string,
+    T = n/s, q = p, since P(root | tuple) depends on where the tuple stands."""
     s, ids = tuples.s, tuples.ids(h)                        # (p, n/s)
     if target == "root":
         return ids.T[:, None], root.expand(ids.shape[1], 1, -1)
     below = {"latent": h, "token": x, "joint": ids}[target]
     ids = ids.reshape(-1, s)                                # (q, s)
-    below = below.reshape(len(ids), s, -1)                  # (q, s, e)
-    below = below.permute(1, 2, 0).contiguous()             # (s, e, q)
+    below = below.reshape(len(ids), s, -1).permute(1, 2, 0).contiguous()    # (s, e, q)
     targets = below[cousins(s, h.device)].flatten(1, 2)     # (s, (s-1) e, q)
     return ids.T[:, None], targets
 
 
 def count(h, x, root, tuples, target, positions):
-    """How often each tuple stood beside each target symbol: (T E, K, symbols) int64, a
-    table for each of T positions and E targets of cooccurrences (one position unless positions
-    is "all", one target if it is "element"). symbols is v, for joint K."""
+    """How often each tuple stood beside each target symbol: (T E, K, symbols) int64, a table for
+    each of T positions and E targets of cooccurrences. symbols is v, for joint K."""
     K, s = tuples.K, tuples.s
     symbols = K if target == "joint" else tuples.v
     if positions != "all":                                  # only the first grandparent
@@ -131,8 +117,8 @@ def count(h, x, root, tuples, target, positions):
     for rows in chunks(x):
         label = None if root is None else root[rows]
         ids, targets = cooccurrences(h[rows], x[rows], label, tuples, target)
-        if positions != "all":
-            ids, targets = ids[:1], targets[:1]             # only its first tuple
+        if positions != "all":                              # only its first tuple
+            ids, targets = ids[:1], targets[:1]
         if positions == "element":
             targets = targets[:, :1]
         T, E, _ = targets.shape
@@ -145,9 +131,7 @@ def count(h, x, root, tuples, target, positions):
 
 def contexts(tables):
     """Context vectors phi: (T E, K, v) counts -> (K, T E v), for every tuple its target
-    distributions side by side, each on the simplex.
-
-    A tuple that was never seen at a position gets that position's mean."""
+    distributions side by side. A tuple never seen at a position gets that position's mean."""
     tables = tables.float()
     times = tables.sum(2, keepdim=True)                     # (T E, K, 1)
     mean = tables.sum(1, keepdim=True) / times.sum(1, keepdim=True)
@@ -159,24 +143,22 @@ def contexts(tables):
 
 
 def kmeans(X, k, rng, restarts=64):
-    """Group points X, (n, d) float, into k clusters, the best of some restarts. rng: a CPU
-    torch.Generator. Returns (n,) int64 labels 0..k-1. At most n clusters are made."""
+    """Group points X, (n, d) float, into k clusters or n, the best of some restarts. rng: a CPU
+    torch.Generator. Returns (n,) int64 labels 0..k-1."""
     labels, inertia = lloyd(X, min(k, len(X)), rng, restarts)
     return labels[inertia.argmin()]
 
 
 def lloyd(X, k, rng, restarts):
-    """Lloyd's algorithm from k-means++ centres, all restarts side by side. Returns (labels,
-    inertia): (restarts, n) int64 in 0..k-1, and (restarts,) the summed squared distances to the
-    centres."""
+    """Lloyd's algorithm from k-means++ centres, all restarts side by side. Returns labels,
+    (restarts, n) int64 in 0..k-1, and the summed squared distances to the centres, (restarts,)."""
     X = X - X.mean(0)                                       # as distances needs it
-    centers = spread_centers(X, k, rng, restarts)
-    labels = None
+    centers, labels = spread_centers(X, k, rng, restarts), None
     for _ in range(ROUNDS):
-        distance, nearest = distances(X, centers).min(2)    # (restarts, n)
-        if labels is not None and torch.equal(labels, nearest):
+        before = labels
+        distance, labels = distances(X, centers).min(2)     # (restarts, n)
+        if before is not None and torch.equal(before, labels):
             break
-        labels = nearest
         member = F.one_hot(labels, k).to(X)                 # (restarts, n, k)
         size = member.sum(1)[:, :, None]                    # (restarts, k, 1)
         # an empty cluster stays where it is
@@ -185,8 +167,8 @@ def lloyd(X, k, rng, restarts):
 
 
 def spread_centers(X, k, rng, restarts):
-    """k-means++, greedy: the next centre is the best of a few points, each drawn in
-    proportion to its squared distance from the centres so far. -> (restarts, k, d)"""
+    """k-means++, greedy: the next centre is the best of a few points, each drawn in proportion to
+    its squared distance from the centres so far. -> (restarts, k, d)"""
     each = torch.arange(restarts, device=X.device)
     first = torch.randint(len(X), (restarts, 1), generator=rng)
     centers = X[first.to(X.device)]                         # (restarts, 1, d)
@@ -211,15 +193,13 @@ def distances(X, centers):
 
 
 def cluster_pairs(tables, v, rng):
-    """The joint target: group the tuples by their (T, K, K) tables of cousin pairs, one
-    for each position and cousin. Returns (K,) int64 labels.
+    """The joint target: group the tuples by their (T, K, K) tables of cousin pairs, one for each
+    position and cousin. Returns (K,) int64 labels.
 
-    Of the v^2 pairs of parents at most v m occur, so that in blocks of synonyms the tables
-    have a contrast of order one. First comes correspondence analysis of the tables: k-means
-    groups the tuples in the v-1 leading directions of their normalised residuals. Then a block
-    model's likelihood: each tuple takes the label that makes the labels of its cousins
-    likeliest, until nothing changes. The start is kept whose labels have most mutual
-    information with those of cousins."""
+    First comes correspondence analysis of the tables: k-means groups the tuples in the v-1 leading
+    directions of their normalised residuals. Then a block model's likelihood: each tuple takes the
+    label that makes the labels of its cousins likeliest, until nothing changes. The start is kept
+    whose labels have most mutual information with those of cousins."""
     tables = tables.double()                                # in float32 the svd may fail
     total = tables.sum((1, 2), keepdim=True)
     expected = tables.sum(2, keepdim=True) * tables.sum(1, keepdim=True) / total
@@ -250,33 +230,25 @@ def cluster_pairs(tables, v, rng):
 
 
 class Tree:
-    """What fit returns: for every level l the tuples seen (tuples[l], a Tuples), and
-    the symbol of level l+1 that each was given (symbols[l], (K,) int16)."""
+    """What fit returns: for every level l the tuples seen (tuples[l], a Tuples), and the symbol of
+    level l+1 that each was given (symbols[l], (K,) int16)."""
 
-    def __init__(self, v, s, L, target):
-        self.v, self.s, self.L, self.target = v, s, L, target
+    def __init__(self, v, s, L):
+        self.v, self.s, self.L = v, s, L
         self.tuples, self.symbols = [], []
 
-    def __repr__(self):
-        seen = ", ".join(str(len(symbols)) for symbols in self.symbols)
-        return f"Tree(target={self.target}, v={self.v}, s={self.s}, L={self.L}, tuples=[{seen}])"
-
     def label(self, x):
-        """Strings (P, s^L) -> levels: x itself in uint8, then the estimates of the levels
-        1..L-1, levels[l] of shape (P, s^(L-l)) in int16, on the device of the training.
-
-        A tuple that was not seen in training gets the symbol -1, and so do its ancestors.
-        Raises ValueError, naming x, unless x holds strings like those of fit."""
-        x, _ = as_strings(x, self.v, self.s, self.L)
-        levels = [x.to(self.symbols[0].device)]
+        """Strings (P, s^L) -> levels: x itself in uint8, then the estimates of the levels 1..L-1,
+        (P, s^(L-l)) in int16, on the device of the training. A tuple that was not seen there gets
+        the symbol -1, and so do its ancestors. Raises ValueError, naming x."""
+        levels = [as_strings(x, self.v, self.s, self.L)[0].to(self.symbols[0].device)]
         for tuples, symbols in zip(self.tuples, self.symbols):
             symbols = F.pad(symbols, (0, 1), value=-1)      # of unseen tuples
             levels.append(relabel(levels[-1], tuples, symbols))
         return levels
 
     def score(self, grammar, seed):
-        """The fraction of right labels of the levels 1..L-1 of fresh strings of a grammar, under
-        the best matching of labels with symbols: a list of floats."""
+        """Accuracies of levels 1..L-1 on fresh strings of a grammar, by the best matching."""
         truth = grammar.sample(TEST_STRINGS, (seed, 1))
         levels = [level.cpu() for level in self.label(truth[0])]
         return [accuracy(levels[l], truth[l], self.v) for l in range(1, self.L)]
@@ -285,20 +257,18 @@ class Tree:
 def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     """Learn the levels 1..L-1 of strings x, bottom-up: Algorithm 1 for target "latent".
 
-    x: (P, s^L) symbols 0..v-1, an integer tensor, array or list. root: (P,) labels
-    0..v-1, only read for target "root". settings: see Config. Works on x's device and
-    returns a Tree. Raises ValueError, naming the argument."""
+    x: (P, s^L) symbols 0..v-1, an integer tensor, array or list. root: (P,) labels 0..v-1, only
+    read for target "root". settings: see Config. Works on x's device and returns a Tree. Raises
+    ValueError, naming the argument."""
     v, s = operator.index(v), operator.index(s)             # numpy's integers overflow
-    config = Config.of(**settings)
-    x, L = as_strings(x, v, s)
-    if target not in TARGETS:
-        raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
+    config, (x, L) = Config.of(**settings), as_strings(x, v, s)
+    check_word("target", target, TARGETS)
     if target == "root":
         root = torch.as_tensor([] if root is None else root).to(x.device)
         if root.shape != x.shape[:1] or not 0 <= int(root.min()) <= int(root.max()) < v:
             raise ValueError(f"root: must be (P,) labels 0..{v - 1}, one for each string")
     rng = torch.Generator().manual_seed(int(generator("cluster", seed).integers(2**62)))
-    tree, h = Tree(v, s, L, target), x
+    tree, h = Tree(v, s, L), x
     for l in range(L - 1):
         tuples = Tuples(h, v, s)
         tables = count(h, x, root, tuples, target, config.positions)
@@ -314,17 +284,16 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
 
 def recover(grammar, P, seed, target="latent", device="cpu", **settings):
     """One run of a sweep: the accuracies of levels 1..L-1, learned from P strings."""
-    levels = grammar.sample(P, seed, device)
-    root = levels[-1][:, 0]
-    tree = fit(levels[0], grammar.v, grammar.s, target, seed, root, **settings)
+    x, *_, root = grammar.sample(P, seed, device)
+    tree = fit(x, grammar.v, grammar.s, target, seed, root[:, 0], **settings)
     return tree.score(grammar, seed)
 
 
 def main():
     args, grammar, config = read_flags(__doc__, 4096, TARGETS, Config)
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
-    levels = grammar.sample(P, args.seed, args.device)
-    tree = fit(levels[0], v, s, args.target, args.seed, levels[L][:, 0], **vars(config))
+    x, *_, root = grammar.sample(P, args.seed, args.device)
+    tree = fit(x, v, s, args.target, args.seed, root[:, 0], **vars(config))
 
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}; v m^3 = {v * m**3}")
     print(f"target {args.target}\n")

@@ -32,9 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from grammar import (
-    TEST_STRINGS, Grammar, Settings, as_strings, check_range, checksum, linear_probe, load_network,
-    load_state, open_trace, ranks, read_flags, run, save_network, save_state, setting,
-    step_generator, tuple_codes,
+    FILES, TEST_STRINGS, Grammar, Settings, as_strings, check_range, check_word, checksum,
+    linear_probe, load_network, load_state, open_trace, ranks, read_flags, run, save_network,
+    save_state, setting, step_generator, tuple_codes,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
@@ -58,8 +58,7 @@ class Config(Settings):
     average_top_k: int = setting(3, "K, how many of the last maps are the target", 4, (1, 100))
     # what is seen and what is hidden
     online: bool = setting(False, "always fresh strings instead of P fixed ones", True)
-    steps: int = setting(5000, "optimiser steps (an online sweep has P / batch instead)", 262144,
-                         (1, 10**9))
+    steps: int = setting(5000, "optimiser steps (online sweep: P / batch)", 262144, (1, 10**9))
     batch: int = setting(64, "strings a step", 512, (1, 2**20))
     mask: float = setting(0.15, "chance of hiding a node; 1 or more per string", 0.15, (0, 1))
     mask_block: str = setting(
@@ -71,19 +70,15 @@ class Config(Settings):
     warmup: int = setting(100, "steps in which the learning rate rises", 1, (1, 10**9))
     cooldown: float = setting(0.2, "share of steps, at the end, in which it falls", 0.0, (0, 1))
 
-    PRESETS = {
-        "transformer": {"encoder": "transformer", "width": 64, "hidden": 128, "layers": 6,
-                        "steps": 8000, "lr": 3e-3, "weight_decay": 0.2, "mask": 0.3,
-                        "mask_block": "mixed"},
-    }
+    PRESETS = {"transformer": {
+        "encoder": "transformer", "width": 64, "hidden": 128, "layers": 6, "steps": 8000,
+        "lr": 3e-3, "weight_decay": 0.2, "mask": 0.3, "mask_block": "mixed"}}
 
     def sized(self, v, s, m, L):
         """Itself, or a ValueError that names what doesn't fit these sizes."""
         check_range("m", m, 2, v ** (s - 1))                # a single rule has no synonym
-        if self.encoder not in ENCODERS:
-            raise ValueError(f"encoder: must be {' or '.join(ENCODERS)}, not {self.encoder}")
-        if self.mask_block not in ("top", "mixed", *map(str, range(L))):
-            raise ValueError(f"mask_block: must be top, mixed or from 0 to {L - 1}")
+        check_word("encoder", self.encoder, ENCODERS)
+        check_word("mask_block", self.mask_block, ["top", "mixed", *map(str, range(L))])
         if self.encoder == "transformer" and self.width % self.heads:
             raise ValueError(f"width: must be a multiple of heads = {self.heads}")
         return self
@@ -99,9 +94,7 @@ def highest(v, config):
     return 2**40 if config.online else config.steps * config.batch // 8
 
 
-# ----------------------------------------------------------------------------------------
-# two encoders: tokens (B, T), v for a hidden one -> a list of maps (B, n, d), layer-normalised.
-# A third one, of any modules, needs a name in ENCODERS
+# ---- encoders: tokens (B, T), v for a hidden one -> a list of maps (B, n, d), layer-normalised
 
 
 def layer_norm(h):
@@ -110,8 +103,8 @@ def layer_norm(h):
 
 
 def pool(h, nodes):
-    """Bring a map (B, n, d) to another number of nodes, (B, nodes, d): each gets the mean of
-    the nodes beneath it, or a copy of the node above it."""
+    """Bring a map (B, n, d) to another number of nodes, (B, nodes, d): each gets the mean of the
+    nodes beneath it, or a copy of the node above it."""
     n = h.shape[1]
     if n > nodes:
         return h.unflatten(1, (nodes, n // nodes)).mean(2)
@@ -139,16 +132,14 @@ class TreeEncoder(nn.Module):
         for net in self.up:
             children = up[-1].view(len(x), -1, self.siblings)   # (B, parents, s d)
             up.append(layer_norm(net(children)))                # (B, s^(L-l), d)
-        context = up.pop()                                      # (B, 1, d), the root
 
-        # down: also what stands around a node, from its siblings and its parent's context
-        maps = []
+        # down: also what stands around a node, from its siblings and its parent's map
+        maps = [up.pop()]                                       # (B, 1, d), the root
         for h, net in zip(reversed(up), reversed(self.down)):
             children = h.view(len(x), -1, self.siblings)
-            change = net(torch.cat([children, context], -1))    # (B, parents, s d)
-            context = layer_norm(h + change.view_as(h))
-            maps.append(context)
-        return maps
+            change = net(torch.cat([children, maps[-1]], -1))   # (B, parents, s d)
+            maps.append(layer_norm(h + change.view_as(h)))
+        return maps[1:]
 
 
 class Transformer(nn.Module):
@@ -182,8 +173,7 @@ class Data2vec(nn.Module):
 
     def __init__(self, v, s, L, target, config):
         super().__init__()
-        if target not in TARGETS:
-            raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
+        check_word("target", target, TARGETS)
         self.v, self.s, self.L, self.target, self.config = v, s, L, target, config
         self.encoder = ENCODERS[config.encoder](v, s, L, config)
         with torch.no_grad():                                   # one string, to count the maps
@@ -194,20 +184,16 @@ class Data2vec(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(config.width, outputs) for _ in range(n_heads))
 
     def predict(self, x, hidden):
-        """(B, T) tokens and where they are hidden, bool -> from each head (B, T, d), or for
-        target token scores (B, T, v)."""
+        """(B, T) tokens, and bool where hidden -> of each head (B, T, d), or scores (B, T, v)."""
         maps = self.encoder(x.masked_fill(hidden, self.v))
         sources = maps[-1:] * len(self.heads)                   # all heads read the last map
-        if self.target == "stacked":
-            # each head has a map of its own
+        if self.target == "stacked":                            # each head has a map of its own
             sources = [pool(h, x.shape[1]) for h in maps[-self.K :]]
         return [head(h) for head, h in zip(self.heads, sources)]
 
     def forward(self, x, hidden, targets, count):
-        """The loss: the sum over hidden tokens and heads of
-            smooth_l1(prediction, target), the mean over d features, or for target token of
-            cross_entropy(scores, token),
-        divided by count, the number of hidden tokens."""
+        """The loss: the sum over hidden tokens and heads of smooth_l1(prediction, target), the mean
+        over d features, or of cross_entropy(scores, token); divided by count, of hidden tokens."""
         loss = 0
         for prediction, target in zip(self.predict(x, hidden), targets):
             if self.target == "token":
@@ -224,16 +210,13 @@ class Data2vec(nn.Module):
         if self.target == "token":
             return [x]
         maps = [pool(h, x.shape[1]) for h in self.encoder(x)[-self.K :]]    # each (B, T, d)
-        if self.target == "latent":
-            return [sum(maps) / len(maps)]
-        return maps                                             # stacked, several
+        return [sum(maps) / len(maps)] if self.target == "latent" else maps
 
     @torch.no_grad()
     def features(self, x):
         """Strings (P, s^L) -> [map (P, n, d) float32, layer-normalised], n = s, s^2, ..., s^L
         nodes of the tree, or s^L positions after every block. Raises ValueError, naming x."""
-        x, _ = as_strings(x, self.v, self.s, self.L)
-        x = x.to(self.heads[0].weight.device)
+        x = as_strings(x, self.v, self.s, self.L)[0].to(self.heads[0].weight.device)
         pieces = [self.encoder(part.long()) for part in x.split(PIECE)]
         return [torch.cat(maps) for maps in zip(*pieces)]
 
@@ -270,16 +253,13 @@ def untrained(v, s, L, target, config, seed):
 
 
 def draw_mask(B, L, s, rate, block, rng):
-    """(B, s^L) bool, True where a token is hidden.
-
-    Every node of level block is hidden with probability rate, with all tokens beneath it, and
-    one in every string for certain. top: level L-2; mixed: strings draw theirs from 0..L-2."""
+    """(B, s^L) bool, True where a token is hidden. Every node of level block is hidden with
+    probability rate, with all tokens beneath it, and one in every string for certain."""
     levels = {"mixed": range(L - 1), "top": [L - 2]}.get(block) or [int(block)]
     masks = []
     for level in levels:
         draw = torch.rand(B, s ** (L - level), generator=rng)
-        certain = draw == draw.min(1, keepdim=True).values
-        nodes = certain | (draw < rate)                         # (B, s^(L-level))
+        nodes = (draw < rate) | (draw == draw.amin(1, keepdim=True))    # (B, s^(L-level))
         masks.append(nodes.repeat_interleave(s**level, 1))      # (B, s^L)
     # every string picks one of the levels that it may have
     pick = torch.randint(len(masks), (B,), generator=rng)
@@ -317,7 +297,7 @@ def groups(student):
 
 def learning_rate(step, config):
     """Rises linearly in the first steps, and falls linearly to 0 in the last ones."""
-    rise = step / config.warmup
+    rise = step / config.warmup                                 # 1 at the end of the warm-up
     fall = (config.steps + 1 - step) / max(1, config.cooldown * config.steps)
     return config.lr * min(1, rise, fall)
 
@@ -325,8 +305,7 @@ def learning_rate(step, config):
 @torch.no_grad()
 def ema_update(teacher, student, ema_decay):
     """One step of the moving average: teacher <- ema_decay teacher + (1 - ema_decay) student."""
-    averages, weights = list(teacher.parameters()), list(student.parameters())
-    torch._foreach_lerp_(averages, weights, 1 - ema_decay)
+    torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - ema_decay)
     for old, new in zip(teacher.buffers(), student.buffers()):
         old.copy_(new)                                          # a batch norm's, of a fork
 
@@ -337,13 +316,12 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
     teacher, the moving average of the student, heads and all."""
     config, device = student.config, next(student.parameters()).device
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(groups(student), betas=(0.9, 0.98), fused=device.type != "mps",
-                                  weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups(student), betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
 
     # processes of torchrun share every batch, and average their gradients
-    rank, world = 0, 1
-    if dist.is_available() and dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
+    together = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loss_of = DistributedDataParallel(student) if world > 1 else student
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
     sizes = {"v": student.v, "s": student.s, "target": student.target}
@@ -359,13 +337,12 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
             torch.manual_seed(step_generator(seed, step).initial_seed() + rank)
 
         # the teacher sees whole strings; the student predicts what is hidden from it
-        targets = teacher.targets(batch)
-        loss = loss_of(batch, hidden, targets, count)
+        loss = loss_of(batch, hidden, teacher.targets(batch), count)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        loss = loss.detach()
         if world > 1:
-            loss = loss.detach()
             dist.all_reduce(loss)
             loss = loss / world
         if not (loss + norm).isfinite():
@@ -376,7 +353,7 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
         optimizer.step()
         ema_update(teacher, student, config.ema_decay)
         if callback:
-            callback(step, teacher, loss.detach())
+            callback(step, teacher, loss)
         if rank == 0:
             save_state(resume, about, parts, step, step == config.steps)
     return teacher
@@ -389,8 +366,8 @@ def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=Non
 
     settings: see Config. device: by default that of x. callback(step, teacher, loss) is called
     after every step. resume: a file, written once a minute and at the end; if it exists, the
-    training goes on from it. Processes of torch.distributed share every batch. Raises ValueError,
-    naming the argument, or FloatingPointError, naming the step, if a loss is not finite."""
+    training goes on from it. Raises ValueError, naming the argument, or FloatingPointError,
+    naming the step, if a loss is not finite."""
     v, s, seed = operator.index(v), operator.index(s), operator.index(seed)
     if isinstance(x, Grammar):
         L, device = x.L, device or "cpu"
@@ -403,7 +380,7 @@ def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=Non
     config = Config.of(**settings).sized(v, s, 2, L)            # m of given strings is unknown
     if config.online and not isinstance(x, Grammar):
         raise ValueError("online: needs a Grammar in place of x")
-    student = untrained(v, s, L, target, config, seed).to(device)
+    student = untrained(v, s, L, target, config, seed).to(device)   # in every process the same
     with torch.random.fork_rng():                               # dropout seeds it
         return train(student, x, seed, callback, resume, progress)
 
@@ -419,8 +396,7 @@ def unseen_synonyms(features, grammar, seed, n_train=PROBE_STRINGS, n_test=TEST_
     is right only if synonyms look alike, as it can't look up the parent of a tuple it never saw."""
     v, s, L = grammar.v, grammar.s, grammar.L
     test = grammar.sample(n_test, (seed, 1))
-    tested = features(test[0])
-    best = []
+    tested, best = features(test[0]), []                        # [(P, n, d)], [accuracy]
     for l in range(1, L):
         # rule 0 of every level-l symbol makes the tuples that the probe does not get to see
         train = grammar.sample(n_train, (seed, 4, l), without=l)
@@ -439,9 +415,8 @@ def unseen_synonyms(features, grammar, seed, n_train=PROBE_STRINGS, n_test=TEST_
 
 
 def mlp_probe(features, labels, v):
-    """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam.
-
-    features: (n, d); labels: (n,). Returns a function from (n, d) to (n,) int64."""
+    """The paper's MLP probe, d -> 2d -> v with GELU and dropout 0.1, by Adam. features: (n, d);
+    labels: (n,). Returns a function from (n, d) to (n,) int64."""
     d, device = features.shape[1], features.device
     labels = labels.long().to(device)
     with torch.enable_grad(), torch.random.fork_rng():          # always the same
@@ -488,10 +463,9 @@ def synonym_scores(features, grammar, seed, n=1024):
     and all levels below are resampled. The node's mean features move by a mean distance d_syn or
     d_any: C_l = 1 - d_syn / d_any, 1 if synonyms look the same, 0 if like any other tuple."""
     levels = grammar.sample(n, (seed, 1))
-    before, scores = features(levels[0]), []
+    before, scores = features(levels[0]), []                    # maps of what was there
     for l in range(1, grammar.L):
-        nodes = grammar.s ** (grammar.L - l)
-        moved = {}
+        nodes, moved = grammar.s ** (grammar.L - l), {}
         for kind in ("synonym", "generic"):
             swapped, node = grammar.swap(levels, l, kind, seed=l)
             change = [b - a for a, b in zip(before, features(swapped[0]))]
@@ -509,8 +483,8 @@ def spread(features, x, K):
     normalised eigenvalues), from 1 to d."""
     maps = features(x)[-K:]
     target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)         # (P, T, d)
-    covariance = torch.cov(target.flatten(0, 1).cpu().double().T)
-    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)
+    covariance = torch.cov(target.flatten(0, 1).cpu().double().T)       # (d, d)
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)    # (d,)
     entropy = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
     return eigenvalues.mean().sqrt().item(), entropy.exp().item()
 
@@ -524,11 +498,7 @@ def recover(grammar, P, seed, target="latent", device="cpu", **settings):
         settings |= {"batch": batch, "steps": P // batch}
     else:
         x = grammar.sample(P, seed, device)[0]
-    model = fit(x, grammar.v, grammar.s, target, seed, device, **settings)
-    return model.score(grammar, seed)
-
-
-# ---- alone -----------------------------------------------------------------------------
+    return fit(x, grammar.v, grammar.s, target, seed, device, **settings).score(grammar, seed)
 
 
 def join_processes(device, local_rank):
@@ -545,24 +515,20 @@ def join_processes(device, local_rank):
 
 
 def main():
-    files = {"trace": "append what is printed to this CSV file",
-             "save": "write the trained network, for data2vec.load",
-             "resume": "go on from this file, and write the state of training to it"}
-    args, grammar, config = read_flags(__doc__, 2048, TARGETS, Config, files)
+    args, grammar, config = read_flags(__doc__, 2048, TARGETS, Config, FILES)
     v, s, m, L, P, seed = args.v, args.s, args.m, args.depth, args.samples, args.seed
     rank, world, local_rank = ranks()
     device = join_processes(args.device, local_rank) if world > 1 else args.device
-    if device == "cpu" and config.width <= 64:
-        # on matrices this small more threads gain nothing and take cores from other processes
+    if device == "cpu" and config.width <= 64:      # on matrices this small threads gain nothing
         torch.set_num_threads(1)
 
-    x = grammar if config.online else grammar.sample(P, seed)[0]
+    x = grammar if config.online else grammar.sample(P, seed)[0]    # (P, T)
     strings = "always fresh" if config.online else P
     print(f"{strings} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(f"target {args.target}, {config.encoder} encoder; by level, the best of its maps:")
     print("unseen: accuracy on tuples the probe never saw; synonyms: the synonym score\n")
-    columns = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
-    columns = ["step", "loss", "target std", "rank", *columns]
+    measures = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
+    columns = ["step", "loss", "target std", "rank", *measures]
     print("".join(f"{name:>12}" for name in columns))
     trace = open_trace(args.trace, [*columns, "v", "m", "P"])
     # step 1 shows what a nearly untrained encoder gets
@@ -578,22 +544,20 @@ def main():
             print(step, *row, v, m, seen, sep=",", file=trace, flush=True)
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in row))
 
-    model = fit(x, v, s, args.target, seed, device, callback, args.resume, progress=True,
-                **vars(config))
+    model = fit(x, v, s, args.target, seed, device, callback, args.resume, True, **vars(config))
     if world > 1:
         dist.barrier()                                          # nobody leaves in the middle
         dist.destroy_process_group()
     if rank > 0:
-        return
+        os._exit(0)             # gloo's threads may abort an orderly exit
     before = untrained(v, s, L, args.target, config, seed).to(device).eval()
     print(f"\non {TEST_STRINGS} fresh strings (chance {1 / v:.3f})      trained   untrained")
     for l, pair in enumerate(zip(model.score(grammar, seed), before.score(grammar, seed)), 1):
         what = "unseen synonyms, best map" if l < L else "MLP probe of the last map"
         print(f"level {l}  {what:29}" + "{:10.3f}{:12.3f}".format(*pair))
     if args.target == "token":
-        loss, bayes, unigram = token_losses(model, grammar, seed)
-        print(f"\nloss per hidden token {loss:.3f}, exact Bayes limit {bayes:.3f}, "
-              f"unigram {unigram:.3f}")
+        text = "\nloss per hidden token {:.3f}, exact Bayes limit {:.3f}, unigram {:.3f}"
+        print(text.format(*token_losses(model, grammar, seed)))
     if args.save:
         model.save(args.save)
 

@@ -8,8 +8,7 @@ fixed s-ary tree of depth L.
 
 Level 0 is the visible string of s^L tokens, level L is the root. A symbol of level l+1, one of v,
 has m production rules, each an s-tuple of level-l symbols, and no tuple has two parents. Tuples
-with the same parent are *synonyms*: to learn the grammar is to group the v m tuples of every
-level into v groups of synonyms.
+with the same parent are *synonyms*: to learn the grammar is to find them on every level.
 """
 
 import argparse
@@ -17,13 +16,11 @@ import itertools
 import math
 import operator
 import os
-import re
 import sys
 import time
 import zlib
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -34,6 +31,11 @@ MOST_TOKENS = 2**34     # of one sample
 TEST_STRINGS = 4096     # fresh strings on which a learner is scored
 RIDGE = 1e-3            # penalty of the linear probe, for features of size about 1
 SAVE_EVERY = 60         # seconds, at least, between two writes of a training's state
+FILES = {               # that the networks' scripts write
+    "trace": "append what is measured during training to this CSV file",
+    "save": "write the trained network, for load",
+    "resume": "go on from this file, and write the state of training to it",
+}
 
 
 # ---- the rules, and strings from them --------------------------------------------------
@@ -42,17 +44,14 @@ SAVE_EVERY = 60         # seconds, at least, between two writes of a training's 
 class Grammar:
     """The rules of one RHM. rules[l] is a (v, m, s) uint8 tensor: rules[l][a, j] is the j-th
     tuple of level-l symbols that the level-(l+1) symbol a may turn into, taken with probability
-    p[j] ~ (j+1)^-zipf. So rules[0] makes the tokens. Raises ValueError that begins with the wrong
-    size's name, depth for L."""
+    p[j] ~ (j+1)^-zipf. Raises ValueError that begins with the wrong size's name, depth for L."""
 
     def __init__(self, v, s, m, L, rules, zipf=0.0):
-        v, s, m, L = map(operator.index, (v, s, m, L))      # numpy's integers overflow
-        check_sizes(v, s, m, L)
+        v, s, m, L = check_sizes(v, s, m, L)
         check_range("zipf", zipf, 0, 10)
         self.v, self.s, self.m, self.L, self.zipf = v, s, m, L, float(zipf)
         weight = torch.arange(1, m + 1).double() ** -self.zipf
         self.p = weight / weight.sum()                      # (m,) float64
-
         rules = torch.stack([torch.as_tensor(rule) for rule in rules])
         if rules.shape != (L, v, m, s) or rules.is_floating_point():
             raise ValueError(f"rules: must be {L} levels of integers ({v}, {m}, {s})")
@@ -64,17 +63,14 @@ class Grammar:
         self.rules = list(rules.to("cpu", torch.uint8, copy=True))
 
     def __repr__(self):
-        sizes = f"v={self.v}, s={self.s}, m={self.m}, L={self.L}"
-        return f"Grammar({sizes}, zipf={self.zipf:g})"
+        return "Grammar(v={v}, s={s}, m={m}, L={L}, zipf={zipf:g})".format(**vars(self))
 
     @staticmethod
     def random(v, s, m, L, seed=0, zipf=0.0):
-        """Draw v m distinct s-tuples for every level, uniformly, and deal them out to the
-        v parents, m to each. seed: a whole number or a tuple of them."""
-        v, s, m, L = map(operator.index, (v, s, m, L))
-        check_sizes(v, s, m, L)
-        rng = generator("rules", seed)
-        rules = []
+        """Draw v m distinct s-tuples for every level, uniformly, and deal m to each of the v
+        parents. seed: a whole number or a tuple of them."""
+        v, s, m, L = check_sizes(v, s, m, L)
+        rng, rules = generator("rules", seed), []
         for _ in range(L):
             # in random order, so that any m in a row are a random set
             codes = rng.choice(v**s, size=v * m, replace=False)
@@ -84,22 +80,19 @@ class Grammar:
 
     @staticmethod
     def load(file):
-        """The grammar of a file of `--save`; of an .npz of arrays (v, m, s), named rules0 or
-        rules_0 and so on, or else taken in their order; or of an .npy (L, v, m, s). rules[0] makes
-        the tokens: a file that is numbered from the root must be turned around. Raises ValueError,
-        naming load."""
+        """From a file of `--save`; or an .npz of arrays (v, m, s), named rules0 or rules_0 and so
+        on, or else in this order; or an .npy (L, v, m, s). Raises ValueError, naming load."""
         try:
             found = np.load(file, allow_pickle=False)
-            arrays = dict(found) if hasattr(found, "files") else dict(enumerate(found))
-            zipf = float(arrays.pop("zipf", 0))
-            named = [name for name in arrays if re.fullmatch(r"rules_?\d+", str(name))]
+            names = getattr(found, "files", range(len(found)))
+            zipf = float(found["zipf"]) if "zipf" in names else 0.0
+            named = [name for name in names if str(name).startswith("rules")]
             named.sort(key=lambda name: int(name.lstrip("rules_")))
-            rules = [arrays[name] for name in named] or list(arrays.values())
+            rules = [found[name] for name in named or names]
             v, m, s = rules[0].shape
             return Grammar(v, s, m, len(rules), rules, zipf)
         except Exception as error:  # a foreign file can raise anything
-            reason = f"{error!r}".partition("\\n")[0]
-            raise ValueError(f"load: {file} holds no rules (v, m, s) by level: {reason}") from None
+            raise ValueError(f"load: {file} holds no rules (v, m, s): {error!r:.200}") from None
 
     def save(self, file, levels):
         """Write strings, their hidden levels and the rules as an .npz, for load."""
@@ -109,20 +102,18 @@ class Grammar:
             np.savez_compressed(opened, **arrays, zipf=self.zipf)
 
     def sample(self, P, seed=0, device="cpu", without=None):
-        """Sample P derivations: the root is uniform, and every symbol picks one of its
-        rules, independently. Returns levels, L+1 uint8 tensors, levels[l] of shape
-        (P, s^(L-l)): levels[0] are the strings, levels[L] the root labels.
+        """Sample P derivations: the root is uniform, and every symbol picks one of its rules,
+        independently. Returns levels, L+1 uint8 tensors, levels[l] of shape (P, s^(L-l)):
+        levels[0] are the strings, levels[L] the root labels. Raises ValueError.
 
         A seed gives the same strings on every device; a smaller P gives the first of them.
         without: a level 1..L, whose symbols use rule 1 in place of rule 0: a probe fitted on
-        such strings can be tested on synonyms that it has not seen. Raises ValueError."""
+        such strings can be tested on synonyms that it has not seen."""
         s, m, L = self.s, self.m, self.L
-        if not 1 <= P <= MOST_TOKENS // s**L:
-            raise ValueError(f"samples: must be from 1 to {MOST_TOKENS // s**L} at this size")
+        check_range("samples", P, 1, MOST_TOKENS // s**L)
         rules = [rule.numpy().reshape(-1, s).copy() for rule in self.rules]    # (v m, s)
         if without is not None:
             check_range("without", without, 1, L)
-            check_range("m", m, 2, self.v ** (s - 1))
             rules[without - 1][0::m] = rules[without - 1][1::m]
 
         rng = generator("strings", seed)
@@ -147,15 +138,14 @@ class Grammar:
         return rng.integers(self.m, size=shape, dtype=np.min_scalar_type(self.m - 1))
 
     def parse(self, x):
-        """Invert sample: integer strings (P, s^L) -> levels, on x's device. Raises
-        ValueError naming the first tuple that no rule gives."""
-        x, _ = as_strings(x, self.v, self.s, self.L)
-        levels = [x]
+        """Invert sample: integer strings (P, s^L) -> levels, on x's device. Raises ValueError,
+        naming the first tuple that no rule gives."""
+        levels = [as_strings(x, self.v, self.s, self.L)[0]]
         for l in range(self.L):
             tuples = levels[l].unflatten(1, (-1, self.s))   # (P, n, s)
             code = tuple_codes(tuples, self.v)
             # find each tuple among the sorted rules
-            rules = self.rules[l].flatten(0, 1).to(x.device)           # (v m, s)
+            rules = self.rules[l].flatten(0, 1).to(code.device)        # (v m, s)
             rules, order = tuple_codes(rules, self.v).sort()
             place = torch.searchsorted(rules, code).clamp(max=len(rules) - 1)
             wrong = (rules[place] != code).nonzero()        # rows of (string, tuple)
@@ -168,17 +158,15 @@ class Grammar:
         return levels
 
     def swap(self, levels, l, kind, seed=0):
-        """Replace, in every string, the tuple under one random level-l node by another
-        valid one, and resample all below it (figures 5 and 13).
+        """Replace, in every string, the tuple under one random level-l node by another valid one,
+        and resample all below it (figures 5 and 13). Returns new levels and the nodes, (P,) int64;
+        a seed picks the same for both kinds.
 
-        kind "synonym": another rule of the same symbol; nothing from level l up changes.
-        "generic": any other tuple, whose parent then stands at the node; nothing above it
-        changes, so that no rule may give the new string. levels: what sample or parse returns.
-        Returns new levels and the nodes, (P,) int64. A seed picks the same nodes for both kinds."""
+        kind "synonym": another rule of the same symbol. "generic": any other tuple, whose parent
+        then stands at the node; nothing above changes, so that no rule may give the new string."""
         check_range("l", l, 1, self.L)
         check_range("m", self.m, 2 if kind == "synonym" else 1, self.v ** (self.s - 1))
-        if kind not in ("synonym", "generic"):
-            raise ValueError(f"kind: must be synonym or generic, not {kind}")
+        check_word("kind", kind, ("synonym", "generic"))
         rng, s, m, P = generator("swap", seed), self.s, self.m, len(levels[0])
         rules = [rule.numpy().reshape(-1, s) for rule in self.rules]   # (v m, s)
         swapped = [level.cpu().numpy().copy() for level in levels]
@@ -203,15 +191,13 @@ class Grammar:
             h = rules[k][rule].reshape(P, -1)               # (P, s^(l-k))
             swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
             rule = h.astype(np.int64) * m + self.pick(rng, h.shape)
-        device = levels[0].device
-        swapped = [torch.from_numpy(level).to(device) for level in swapped]
-        return swapped, torch.from_numpy(node).to(device)
+        *swapped, node = (torch.from_numpy(h).to(levels[0].device) for h in (*swapped, node))
+        return swapped, node
 
     # ---- the population: what an infinite sample would show, from the rules alone ------
 
     def transition(self, l):
-        """(s, v, v) float64: entry [k, a, b] is the probability that a level-(l+1) symbol
-        a has b as its k-th child."""
+        """(s, v, v) float64: [k, a, b] is P(the k-th child is b | a level-(l+1) symbol is a)."""
         child = self.rules[l].long().permute(2, 0, 1)       # (s, v, m)
         W = torch.zeros(self.s, self.v, self.v, dtype=torch.float64)
         return W.scatter_add_(2, child, self.p.expand_as(child))
@@ -229,20 +215,17 @@ class Grammar:
         return self.descend(self.L, l, n).mean(0)           # the root is uniform
 
     def siblings(self, c, i, j, p):
-        """(v, v) float64: P(i-th child is a, j-th child is b) under one level-c symbol
-        whose distribution is p, (v,)."""
+        """(v, v) float64: P(i-th child is a, j-th is b) under a level-c symbol drawn from p."""
         rules = self.rules[c - 1].long()                    # (v, m, s)
         weight = p[:, None] * self.p                        # (v, m)
         pair = torch.zeros(self.v, self.v, dtype=torch.float64)
         return pair.index_put_((rules[:, :, i], rules[:, :, j]), weight, accumulate=True)
 
     def context(self, l, t, target_level, n):
-        """What a context vector tends to: (v, v) float64, entry [a, b] = P(node n of
-        target_level is b | the t-th tuple of level l has the parent a); row a is 0 if a
-        never stands there. Synonyms share it whatever the target, which is why clustering
-        contexts finds the parents. The paper's targets are an element of a cousin
-        (target_level = l), a token under a cousin (0), and the root label (L, n = 0).
-        Raises ValueError, naming what is out of range, or n if it lies within the tuple."""
+        """What a context vector tends to: (v, v) float64, entry [a, b] = P(node n of target_level
+        is b | the t-th tuple of level l has the parent a); row a is 0 if a never stands there.
+        The paper's targets are an element of a cousin (target_level = l), a token under a cousin
+        (0), and the root label (L, n = 0). Raises ValueError, naming what is out of range."""
         s, L = self.s, self.L
         check_range("l", l, 0, L - 1)
         check_range("t", t, 0, s ** (L - l - 1) - 1)
@@ -256,9 +239,9 @@ class Grammar:
             raise ValueError(f"n: node {n} lies within tuple {t} of level {l}")
 
         p = self.marginal(c, t // s ** (c - l - 1))
-        if c == target_level:  # the target is an ancestor
+        if c == target_level:                               # the target is an ancestor
             joint = (p[:, None] * self.descend(c, l + 1, t)).T
-        else:                  # the two branches share one rule
+        else:                                               # the two branches share one rule
             i = t // s ** (c - l - 2) % s
             j = n // s ** (c - 1 - target_level) % s
             up, down = self.descend(c - 1, l + 1, t), self.descend(c - 1, target_level, n)
@@ -267,9 +250,9 @@ class Grammar:
         return joint / joint.sum(1, keepdim=True).clamp(min=1e-300)
 
     def contrast(self):
-        """How far apart parents' contexts are: {target: list}, entry l the root mean
-        square distance for level-l tuples, over all pairs of parents, all positions and
-        all targets that cluster.py counts (for joint: the parent of a cousin tuple)."""
+        """How far apart parents' contexts are: {target: list}, entry l the root mean square
+        distance for level-l tuples, over all pairs of parents, all positions and all targets that
+        cluster.py counts (for joint: the parent of a cousin tuple)."""
         v, s, L = self.v, self.s, self.L
         W = [self.transition(l) for l in range(L)]          # (s, v, v) each
         I = torch.eye(v, dtype=torch.float64)
@@ -307,8 +290,6 @@ class Grammar:
         Raises ValueError, naming a string, if no derivation gives its visible tokens."""
         v, s, m, L = self.v, self.s, self.m, self.L
         x, visible = torch.as_tensor(x).cpu(), torch.as_tensor(visible).cpu()
-        if visible.dtype != torch.bool or visible.shape not in (x.shape, x.shape[1:]):
-            raise ValueError(f"visible: must be bool, (P, {s**L}) or ({s**L},)")
         x, _ = as_strings(x * visible, v, s, L)
 
         # up: how likely the tokens beneath a node are, given its symbol, up to a factor
@@ -333,18 +314,19 @@ class Grammar:
         # down: the evidence is linear in the likelihoods of any one node, so that the posterior
         # of its symbols is likely * d log(evidence) / d likely
         slopes = torch.autograd.grad(log_evidence, messages)
-        pairs = zip(messages, slopes)
         # what should be 0 may come out as -1e-17, of which there is no logarithm
-        return [(likely * slope).detach().clamp(min=0) for likely, slope in pairs]
+        return [(likely * slope).detach().clamp(min=0) for likely, slope in zip(messages, slopes)]
 
 
 def check_sizes(v, s, m, L):
-    """Raise ValueError, naming the size, unless a grammar of these can be stored: a symbol
-    in a byte, a tuple in 63 bits and 32 digits, a string of at most 2^24 tokens."""
+    """The four as Python's integers. Raises ValueError, naming the size, unless a grammar of these
+    can be stored: a symbol in a byte, a tuple in 63 bits, a string of at most 2^24 tokens."""
+    v, s, m, L = map(operator.index, (v, s, m, L))          # numpy's integers overflow
     check_range("v", v, 2, 256)
     check_range("s", s, 2, min(32, math.ceil(63 / math.log2(v)) - 1))
     check_range("m", m, 1, v ** (s - 1))
     check_range("depth", L, 2, int(24 / math.log2(s) + 1e-9))
+    return v, s, m, L
 
 
 def check_range(name, number, low, high):
@@ -352,12 +334,17 @@ def check_range(name, number, low, high):
         raise ValueError(f"{name}: must be from {low} to {high}, not {number}")
 
 
+def check_word(name, word, allowed):
+    if word not in allowed:
+        raise ValueError(f"{name}: must be {' or '.join(allowed)}, not {word}")
+
+
 def distance_of_contexts(joint, inner):
-    """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n
-    places, inner (v, v) the scalar product of two rows. A parent that is never seen at a
-    place gets the mean context there, as in cluster.py."""
+    """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n places,
+    inner (v, v) the scalar product of two rows."""
     v, share = joint.shape[1], joint.sum(2, keepdim=True)   # (n, v, 1)
     mean = joint.sum(1, keepdim=True) / share.sum(1, keepdim=True)
+    # a parent that is never seen at a place gets the mean context there, as in cluster.py
     q = torch.where(share > 0, joint / share.clamp(min=1e-300), mean)
     # over all pairs, |q_a - q_b|^2 is on average 2 v/(v-1) times |q_a - their mean|^2
     away = q - q.mean(1, keepdim=True)
@@ -366,8 +353,7 @@ def distance_of_contexts(joint, inner):
 
 
 def draw_other(rng, weight, old):
-    """For every entry of old draw an index with probabilities weight, again and again while it is
-    that entry: slow if one weight is nearly 1."""
+    """For every entry of old draw an index with probabilities weight, until it is another one."""
     new = old.copy()
     while (same := np.flatnonzero(new == old)).size:
         new[same] = rng.choice(len(weight), len(same), p=weight)
@@ -375,8 +361,8 @@ def draw_other(rng, weight, old):
 
 
 def generator(stream, seed):
-    """A numpy generator. seed: a whole number or a tuple of them. Streams of one seed, such as
-    the rules and the strings, are independent if their names differ in the first 4 letters."""
+    """A numpy generator. seed: a whole number or a tuple of them. Streams of one seed, such as the
+    rules and the strings, are independent if their names differ in the first 4 letters."""
     seed = seed if isinstance(seed, tuple) else (seed,)
     for part in seed:
         check_range("seed", part, 0, 2**64 - 1)
@@ -402,11 +388,8 @@ def cousins(s, device="cpu"):
 
 
 def accuracy(estimate, truth, v):
-    """Fraction of labels that are right under the best one-to-one matching of estimated
-    ids with true symbols, 0..v-1. Both are integer tensors of one shape; a negative id
-    means unknown and counts as wrong."""
-    if estimate.shape != truth.shape:
-        raise ValueError(f"estimate: must have the shape of truth, {tuple(truth.shape)}")
+    """Fraction of labels that are right under the best one-to-one matching of estimated ids with
+    true symbols, 0..v-1. Both are integer tensors of one shape; a negative id counts as wrong."""
     ids = max(v, int(estimate.max()) + 1)
     # how often each id stands for each symbol
     known = estimate >= 0
@@ -416,11 +399,8 @@ def accuracy(estimate, truth, v):
 
 
 def best_matching(table):
-    """The largest sum of scores that one-to-one pairs of rows and columns can have.
-
-    The Hungarian algorithm: rows join one by one, each by the cheapest augmenting path to a
-    free column. On the path each row gives its column to the row before and takes the next.
-    Then the costs are reduced by the distances found: no joined row has one below 0."""
+    """The largest sum of scores that one-to-one pairs of rows and columns can have: the Hungarian
+    algorithm, in which every row joins by the cheapest augmenting path to a free column."""
     score = np.asarray(table, dtype=float)
     if score.shape[0] > score.shape[1]:
         score = score.T
@@ -429,18 +409,17 @@ def best_matching(table):
     rows, columns = cost.shape
     owner = np.full(columns, -1)                            # the row of each column
     for new in range(rows):
-        # Dijkstra's search: the nearest column is done, then those next to its row
         column, owner[-1] = -1, new
-        distance = np.full(columns, np.inf)
-        distance[-1] = 0
-        before = np.full(columns, -1)                       # the column before on the path
-        done = np.zeros(columns, bool)
+        # Dijkstra's search: the nearest column is done, then those next to its row
+        distance, before = np.full(columns, np.inf), np.full(columns, -1)
+        done, distance[-1] = np.zeros(columns, bool), 0
         while owner[column] >= 0:
             done[column] = True
             through = distance[column] + cost[owner[column]]
             nearer = ~done & (through < distance)
             distance[nearer], before[nearer] = through[nearer], column
             column = np.where(done, np.inf, distance).argmin()
+        # the potentials: reduced by the distances, no cost of a joined row is below 0
         saved = distance[column] - distance[done]
         cost[owner[done]] -= saved[:, None]
         cost[:, done] += saved
@@ -453,9 +432,8 @@ def best_matching(table):
 
 
 def linear_probe(features, labels, v):
-    """Least squares of the one-hot labels on the features, with a little ridge: nothing to
-    tune. features: (n, d) float; labels: (n,) integers below v. Returns a function from
-    (..., d) features to (..., v) scores."""
+    """Least squares of the one-hot labels on the features, with a little ridge. features: (n, d)
+    float; labels: (n,) integers below v. Returns a function from (..., d) to (..., v) scores."""
     one_hot = F.one_hot(labels.long(), v).to(features)      # (n, v)
     mean, centre = features.mean(0), one_hot.mean(0)
     centred, (n, d) = features - mean, features.shape
@@ -474,12 +452,10 @@ def as_strings(x, v, s, L=None):
     ((P, s^L) uint8 tensor on x's device, L). L: the depth they must have. Raises ValueError."""
     check_range("v", v, 2, 256)
     check_range("s", s, 2, 32)
-    if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0]):
-        x = torch.stack(list(x))
     if not torch.is_tensor(x):
         x = np.asarray(x)
-        x = x.astype(np.int64, order="C") if x.dtype.kind in "iu" else x.astype(float)
-        x = torch.from_numpy(x)             # which takes no foreign byte orders, no views
+        # torch takes no foreign byte orders, and no reversed views
+        x = torch.from_numpy(x.astype(np.int64 if x.dtype.kind in "iu" else float, order="C"))
     # int, as 256 would be 0 in bytes
     if x.is_floating_point() or x.numel() and not 0 <= int(x.min()) <= int(x.max()) < v:
         raise ValueError(f"x: must hold whole numbers, symbols 0..{v - 1}")
@@ -498,37 +474,34 @@ def setting(default, help, paper=None, allowed=None):
 
 @dataclass
 class Settings:
-    """What the learners' Configs share. A setting is read alike from a flag, from Python and from
-    the name of a method in a sweep. PRESETS: {name: {setting: value}}, beside "paper"."""
+    """What the learners' Configs share. PRESETS: {name: {setting: value}}, beside "paper"."""
 
     PRESETS = {}
 
     @classmethod
     def of(cls, preset=None, **given):
-        """Defaults, changed by a preset, changed by what is given. Raises ValueError that begins
-        with the setting's name."""
+        """Defaults, changed by a preset, changed by what is given. Raises ValueError, naming it."""
         paper = {f.name: f.metadata["paper"] for f in fields(cls)}
-        presets = {None: {}, **cls.PRESETS}
-        presets["paper"] = {name: value for name, value in paper.items() if value is not None}
-        if preset not in presets:
-            raise ValueError(f"preset: must be {' or '.join(list(presets)[1:])}, not {preset}")
+        presets = {**cls.PRESETS, "paper": {k: p for k, p in paper.items() if p is not None}}
+        if preset is not None:
+            check_word("preset", preset, presets)
         for name in given.keys() - paper.keys():
             raise ValueError(f"{name}: no such setting; there is preset, {', '.join(paper)}")
-        return cls(**presets[preset] | given)
+        return cls(**presets.get(preset, {}) | given)
 
     def __post_init__(self):
         for f in fields(self):
             given, allowed = getattr(self, f.name), f.metadata["allowed"]
             try:
-                value = f.type(given) if f.type is str or not isinstance(given, str) else None
+                value = f.type(given)                       # numpy's numbers become Python's
             except (TypeError, ValueError, OverflowError):
                 value = None
             if f.type is not str and value != given:        # 2.5 steps, nan, or a text
                 raise ValueError(f"{f.name}: must be a {f.type.__name__}, not {given!r}")
-            setattr(self, f.name, value)                    # numpy's numbers become Python's
-            if allowed and isinstance(value, str) and value not in allowed:
-                raise ValueError(f"{f.name}: must be {' or '.join(allowed)}, not {value}")
-            if allowed and not isinstance(value, str):
+            setattr(self, f.name, value)
+            if allowed and f.type is str:
+                check_word(f.name, value, allowed)
+            elif allowed:
                 check_range(f.name, value, *allowed)
 
     def sized(self, v, s, m, L):
@@ -554,7 +527,7 @@ def make_parser(doc, samples):
 
 def to_device(name):
     """An argparse type: auto, cpu, cuda, cuda:1, mps -> the name of a device that is there."""
-    if name == "auto":  # never mps, which we have not tried
+    if name == "auto":                                      # never mps, which we have not tried
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
@@ -565,7 +538,7 @@ def to_device(name):
 
 def read_flags(doc, samples, targets, Config, files=()):
     """A learner's command line -> (args, its Grammar, its Config). A wrong flag ends the script
-    before the work, with one line that names it. files: {flag: help} of files to be written."""
+    before the work, with one line that names it. files: which of FILES it writes."""
     parser = make_parser(doc, samples)
     parser.add_argument("--target", choices=targets, default="latent", help="what is predicted")
     # a setting that is not given leaves no trace
@@ -575,19 +548,17 @@ def read_flags(doc, samples, targets, Config, files=()):
         text = f"{f.metadata['help']} (default {f.default}; the paper: {f.metadata['paper']})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         add("--" + f.name.replace("_", "-"), help=text, **kind)
-    for flag, text in dict(files).items():
-        parser.add_argument(f"--{flag}", metavar="FILE", help=text)
+    for flag in files:
+        parser.add_argument(f"--{flag}", metavar="FILE", help=FILES[flag])
     args = parser.parse_args()
-    names = {"preset", *(f.name for f in fields(Config))}
-    settings = {name: value for name, value in vars(args).items() if name in names}
+    names = ["preset", *(f.name for f in fields(Config))]
+    settings = {name: getattr(args, name) for name in names if name in args}
     try:
         grammar = Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
         config = Config.of(**settings).sized(args.v, args.s, args.m, args.depth)
         check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
-        paths = {flag: getattr(args, flag) for flag in files if getattr(args, flag)}
-        if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
-            raise ValueError(f"{list(paths)[-1]}: must be another file than the others")
-        for flag, path in paths.items():
+        for flag in files:
+            path = getattr(args, flag) or os.devnull
             with open(path, "a+b") as file:                 # fails now, not after the work
                 file.seek(0)
                 if flag != "trace" and file.read(2) not in (b"", b"PK"):
@@ -601,8 +572,7 @@ def read_flags(doc, samples, targets, Config, files=()):
 
 
 def step_generator(seed, step):
-    """The generator of one training step, on the CPU. It depends on nothing else, so that a
-    training can be resumed after any step."""
+    """The generator of one training step, so that a training can be resumed after any step."""
     # torch reads 32 bits of a seed, into which numpy mixes both numbers
     mixed = np.random.SeedSequence([seed, step]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
@@ -616,10 +586,8 @@ def load_state(file, about, parts):
     """Set parts, {name: what has a state_dict}, to the state of a training in a file. Returns the
     step it was written after, 0 if the file is None or new. about: a dict that must be the same in
     both runs. Raises WrongFile, naming resume, or OSError if the file can't be written."""
-    if file is None:
-        return 0
-    open(file, "ab").close()                                # fails now, not after a minute
-    if os.path.getsize(file) == 0:
+    # opened, so that it fails now and not after a minute
+    if file is None or open(file, "ab").tell() == 0:
         return 0
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -650,8 +618,7 @@ def checksum(x):
 def save_network(network, file):
     """Write the sizes, settings and weights of a network, for load_network."""
     sizes = {name: getattr(network, name) for name in ("v", "s", "L", "target")}
-    saved = {**sizes, "config": vars(network.config), "weights": network.state_dict()}
-    torch.save(saved, file)
+    torch.save({**sizes, "config": vars(network.config), "weights": network.state_dict()}, file)
 
 
 def load_network(Network, Config, file):
@@ -661,8 +628,8 @@ def load_network(Network, Config, file):
         config, weights = Config(**saved.pop("config")), saved.pop("weights")
         network = Network(config=config, **saved).eval()
         network.load_state_dict(weights)
-    except (UnpicklingError, EOFError, LookupError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"file: {file} holds no {Network.__name__}: {error}") from None
+    except Exception as error:  # a foreign file can raise anything
+        raise ValueError(f"file: {file} holds no {Network.__name__}: {error}") from error
     if not all(w.isfinite().all() for w in weights.values()):
         raise ValueError(f"file: {file} has weights that are not finite")
     return network
@@ -683,11 +650,11 @@ def open_trace(path, columns):
 
 def ranks():
     """(rank, world size, local rank) as torchrun sets them, [0, 1, 0] without it."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"
-    there = [name for name in names[:3] if name in os.environ]
-    if there and not all(name in os.environ for name in names):
-        sys.exit(f"{', '.join(names)}: all are set, as by torchrun, or none of the first three")
-    return [int(os.environ[name]) for name in there] or [0, 1, 0]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    given = [name in os.environ for name in (*alone, "MASTER_ADDR")]
+    if any(given[:3]) and not all(given):
+        sys.exit("RANK, WORLD_SIZE, LOCAL_RANK: all are set, as by torchrun, or none")
+    return [int(os.environ.get(name, number)) for name, number in alone.items()]
 
 
 def run(main):
@@ -706,9 +673,6 @@ def run(main):
         sys.exit(1)
 
 
-# ---- alone -----------------------------------------------------------------------------
-
-
 def show(grammar, levels):
     """Print the rules, and a derivation, each symbol above the first of its children."""
     for l in reversed(range(grammar.L)):
@@ -723,20 +687,19 @@ def show(grammar, levels):
         print(f"level {l}  " + "".join(f"{a:<{width}}" for a in symbols).rstrip())
 
 
-def contrast_rows(grammars):
-    """Grammar.contrast as lines of a CSV file: its root mean square over grammars of one size,
-    and the number of strings P at which sampling noise is as large."""
+def show_contrast(grammars):
+    """Print Grammar.contrast as CSV: its root mean square over grammars, and at which P sampling
+    noise is as large."""
     g, found = grammars[0], [grammar.contrast() for grammar in grammars]
-    lines = ["v,s,m,L,zipf,seeds,target,level,contrast,P_noise"]
-    sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
+    print("v,s,m,L,zipf,seeds,target,level,contrast,P_noise")
     for level, target in itertools.product(range(1, g.L), found[0]):
         # parents on this level are the parents of tuples one level below
         squares = [one[target][level - 1] ** 2 for one in found]
         contrast = math.sqrt(sum(squares) / len(squares))
         # a tuple is seen P / (v m) times, so its context is known to sqrt(v m / P)
         P = g.v * g.m / contrast**2 if contrast else math.inf
-        lines.append(f"{sizes},{target},{level},{contrast:.6g},{P:.6g}")
-    return lines
+        sizes = f"{g.v},{g.s},{g.m},{g.L},{g.zipf:g},{len(grammars)}"
+        print(f"{sizes},{target},{level},{contrast:.6g},{P:.6g}")
 
 
 def main():
@@ -748,30 +711,26 @@ def main():
     add("--seeds", type=int, default=1, help="with --contrast: average so many grammars")
     args = parser.parse_args()
     try:
+        check_range("seeds", args.seeds, 1, 10**6)
         if args.load:
-            sizes = [f for f in ("v", "s", "m", "depth", "zipf", "seeds")
-                     if getattr(args, f) != parser.get_default(f)]
+            sizes = [f"--{name}" for name in ("v", "s", "m", "depth", "zipf")
+                     if getattr(args, name) != parser.get_default(name)]
             if sizes:
-                print(f"--load decides: --{', --'.join(sizes)} ignored", file=sys.stderr)
+                print(f"--load decides, {' '.join(sizes)} ignored", file=sys.stderr)
             grammars = [Grammar.load(args.load)]
         else:
-            sizes = args.v, args.s, args.m, args.depth
-            check_range("seeds", args.seeds, 1, 10**6)
-            seeds = range(args.seed, args.seed + args.seeds)
-            grammars = [Grammar.random(*sizes, seed, args.zipf) for seed in seeds]
+            sizes, seeds = (args.v, args.s, args.m, args.depth), range(args.seeds)
+            grammars = [Grammar.random(*sizes, args.seed + k, args.zipf) for k in seeds]
         levels = grammars[0].sample(args.samples, args.seed, args.device)
         if args.save:
-            open(args.save, "ab").close()
+            grammars[0].save(args.save, levels)
+            print(f"wrote {args.samples} strings, their levels and the rules to {args.save}")
     except (ValueError, OSError) as error:
         parser.error(f"argument --{error}" if isinstance(error, ValueError) else str(error))
-
     if args.contrast:
-        print("\n".join(contrast_rows(grammars)))
+        show_contrast(grammars)
     else:
         show(grammars[0], levels)
-    if args.save:
-        grammars[0].save(args.save, levels)
-        print(f"wrote {args.samples} strings, their levels and the rules to {args.save}")
 
 
 if __name__ == "__main__":

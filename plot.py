@@ -10,6 +10,7 @@ The pictures, from CSV files alone. The header of a file says what it is:
 A picture is written beside its first file and has that file's name: out/samples_vs_depth.png, with
 -collapse or -prediction at the end for these two. In Python: plot.samples_vs_depth(path).
 """
+
 import csv
 import math
 import re
@@ -183,8 +184,7 @@ def samples_vs_depth(*paths, out=None):
 
 @OUR_STYLE
 def collapse(*paths, out=None):
-    """P* / (v m^3) against m at the largest depth that has several m, with the paper's P* beside
-    a method that repeats its setting."""
+    """P* / (v m^3) against m at the largest depth that has several m; stars: the paper's P*."""
     depths = group(read(paths)["P50"], "L")
     deepest = max(depths, key=lambda L: (len(group(depths[L], "m")) > 1, L))
     title = "P* as a multiple of v m^3; stars: the paper's, beside methods that repeat its setting"
@@ -219,8 +219,7 @@ def contrast(*paths, out=None):
 
 @OUR_STYLE
 def phases(*paths, out=None):
-    """Measures of each level against the step, from traces of training; at the last step, against
-    P / (v m^3), if the traces are of several P."""
+    """Each level's measures against the step; the last ones against P / (v m^3) if P differs."""
     traces = group(sum(read(paths).values(), []), "file").values()
     # after a resume a step comes twice: the last one counts
     runs = [list({row["step"]: row for row in trace}.values()) for trace in traces]

@@ -7,7 +7,6 @@ Learner 2: stacked latent clustering, the paper's predictor-clusterer network.
 
 L-1 modules of one form stand on top of each other, trained together by gradient descent.
 Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
-
   predictor   tuple -> phi: a distribution for every element of its cousins, the other tuples
               under the same grandparent. It is trained by cross-entropy, with the target
                 latent  the cousins' level-l codes, from a teacher
@@ -15,7 +14,6 @@ Module l turns s^(L-l) codes into s^(L-l-1) codes, one for every tuple of s:
                 joint   latent, and the teacher's code of the cousin, one level up (ours)
   clusterer   phi -> a soft code over d_h clusters, the symbol of level l+1. Tuples with similar
               phi are pulled to one code, and others are pushed apart.
-
 The paper's exact losses are not public; ours stand at the functions that compute them.
 """
 
@@ -31,9 +29,9 @@ from torch import nn
 from tqdm import trange
 
 from grammar import (
-    TEST_STRINGS, Settings, accuracy, as_strings, check_range, checksum, cousins, linear_probe,
-    load_network, load_state, open_trace, read_flags, run, save_network, save_state, setting,
-    step_generator,
+    FILES, TEST_STRINGS, Settings, accuracy, as_strings, check_range, check_word, checksum, cousins,
+    linear_probe, load_network, load_state, open_trace, read_flags, run, save_network, save_state,
+    setting, step_generator,
 )
 
 TARGETS = ("latent", "token", "joint")
@@ -48,8 +46,8 @@ class Config(Settings):
     epochs: int = setting(200, "passes over the P strings, at most", 30, (1, 10**9))
     batch: int = setting(0, "strings a step; 0: 8 v, as 1 in v pairs are synonyms", 32, (0, 10**6))
     lr: float = setting(5e-3, "learning rate of AdamW", 3e-3, (0, 1e38))
-    schedule: str = setting("linear", "of the learning rate: linear falls to 0, or constant",
-                            "constant", ("linear", "constant"))
+    schedule: str = setting(
+        "linear", "of lr: linear falls to 0, or constant", "constant", ("linear", "constant"))
     weight_decay: float = setting(1e-3, "of AdamW", 1e-3, (0, 1e38))
     hidden: int = setting(64, "width of the hidden layers", 150, (1, 10**5))
     codes: int = setting(0, "d_h, clusters of a module, v or more; 0: 5 v / 4", 128, (0, 4096))
@@ -58,17 +56,15 @@ class Config(Settings):
         "none", "layers: no gradient between modules; layers+clusterer: nor from clusterer to "
         "predictor", "none", ("none", "layers", "layers+clusterer"))
     elements: str = setting(
-        "all", "all: every element of every cousin is predicted, from every position; one: one "
-        "element of one cousin, from one position", "all", ("all", "one"))
+        "all", "of which cousins, and from which positions: all, or one", "all", ("all", "one"))
     positives: str = setting(
-        "groups", "pairs pulled to one code: groups: of one k-means group; threshold: with "
-        "(1 + cos)/2 of phi above --threshold; centred: the same, of phi minus its mean",
-        "threshold", ("groups", "threshold", "centred"))
+        "groups", "pairs pulled to one code: groups of k-means; threshold: (1 + cos)/2 of phi is "
+        "above it; centred: of phi minus its mean", "threshold", ("groups", "threshold", "centred"))
     threshold: float = setting(0.8, "S_m, above which pairs are positive", 0.8, (0, 1))
     negative_weight: float = setting(1.0, "of pushing the other pairs apart", 0.5, (0, 100))
     sparsity: float = setting(0.0, "weight of the entropy of a code", 0.01, (0, 100))
-    gate: float = setting(0.1, "clustering counts in full once phi explains this share of the "
-                          "targets' entropy; 0: always", 0.0, (0, 1))
+    gate: float = setting(
+        0.1, "share of the targets' entropy from which on clustering counts fully", 0.0, (0, 1))
 
     def sized(self, v, s, m, L):
         """With batch and codes for these sizes. Raises ValueError, naming codes."""
@@ -91,18 +87,17 @@ def highest(v, config):
 
 
 class Module(nn.Module):
-    """A predictor and a clusterer; heads: the shape of what is predicted, see heads_of. The
-    paper's convolutions, of kernel and stride s, then of kernel 1, are linear maps of a tuple."""
+    """A predictor and a clusterer. heads: (I own positions, C cousins, E symbols of a cousin), what
+    is predicted, for every position, as a tuple does not know which child it is. The paper's
+    convolutions, of kernel and stride s, then of kernel 1, are linear maps of a tuple."""
 
     def __init__(self, s, d, hidden, heads):
         super().__init__()
         self.s, self.heads = s, heads
         width = math.prod(heads) * d
         self.predict = nn.Sequential(
-            nn.Linear(s * d, hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), nn.GELU(),
-            nn.Linear(hidden, width),
-        )
+            nn.Linear(s * d, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, width))
         # phi differs little between tuples, so the clusterer gets it normalised
         self.norm = nn.BatchNorm1d(width, affine=False)
         self.cluster = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, d))
@@ -129,16 +124,19 @@ class Predictor(nn.Module):
 
     def __init__(self, v, s, L, target, config, P=0):
         super().__init__()
-        if target not in TARGETS:
-            raise ValueError(f"target: must be one of {', '.join(TARGETS)}, not {target}")
+        check_word("target", target, TARGETS)
         self.v, self.s, self.L, self.target, self.config = v, s, L, target, config
         self.register_buffer("P", torch.tensor(P))
-        heads = heads_of(target, config.elements, s, L)
-        self.layers = nn.ModuleList(Module(s, config.codes, config.hidden, h) for h in heads)
+        # one string's codes of width 1, as only the number of targets counts
+        codes = [torch.empty(1, s ** (L - l), 1) for l in range(L)]
+        I, C = (s, s - 1) if config.elements == "all" else (1, 1)
+        self.layers = nn.ModuleList()
+        for l in range(L - 1):
+            E = targets_of(target, codes, l, s, config.elements).shape[2]
+            self.layers.append(Module(s, config.codes, config.hidden, (I, C, E)))
 
     def forward(self, x):
-        """Strings (B, s^L) -> [log phi of every module], and the codes of every level from
-        the tokens on, each (B, s^(L-l), d)."""
+        """Strings (B, s^L) -> [log phi of every module], [codes (B, s^(L-l), d) of every level]."""
         detach, weight = self.config.detach, next(self.parameters())
         codes, log_phi = [F.one_hot(x.long(), self.config.codes).to(weight.dtype)], []
         for module in self.layers:
@@ -150,10 +148,8 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def codes(self, x):
-        """Strings (P, s^L) -> the soft codes of levels 1..L-1, (P, s^(L-l), d), on the network's
-        device. Raises ValueError, naming x."""
-        x, _ = as_strings(x, self.v, self.s, self.L)
-        x = x.to(next(self.parameters()).device)
+        """Strings (P, s^L) -> soft codes of levels 1..L-1, (P, s^(L-l), d). Raises ValueError."""
+        x = as_strings(x, self.v, self.s, self.L)[0].to(next(self.parameters()).device)
         self.eval()
         parts = [self(some)[1][1:] for some in x.split(PIECE)]
         return [torch.cat(level) for level in zip(*parts)]
@@ -165,17 +161,17 @@ class Predictor(nn.Module):
         return [x.to(ids[0].device), *ids]
 
     def score(self, grammar, seed):
-        """Accuracies on fresh strings of a grammar: of levels 1..L-1 by the best matching with
-        the codes, then of the root, by the paper's linear probe."""
+        """Accuracies on fresh strings of a grammar: of levels 1..L-1 by the best matching with the
+        codes, then of the root, by the paper's linear probe."""
         truth = grammar.sample(TEST_STRINGS, (seed, 1))
         levels = [level.cpu() for level in self.label(truth[0])]
         right = [accuracy(levels[l], truth[l], self.v) for l in range(1, self.L)]
         return [*right, self.probe(grammar, seed, self.L)]
 
     def probe(self, grammar, seed, level):
-        """The accuracy with which a linear probe reads level L, or L-1 node by node (fig. 3
-        right), from the final code; fitted on the grammar's P strings of this seed. With v m codes
-        or more it can be 1 although synonyms share none, as it learns each tuple's parent."""
+        """The accuracy with which a linear probe reads level L, or L-1 node by node (fig. 3 right),
+        from the final code; fitted on the grammar's P strings of this seed. With v m codes or more
+        it can be 1 although synonyms share none, as it learns each tuple's parent."""
         train, test = grammar.sample(int(self.P), seed), grammar.sample(TEST_STRINGS, (seed, 1))
         nodes, final = self.s ** (self.L - level), []
         for strings in train[0], test[0]:
@@ -192,25 +188,14 @@ load = partial(load_network, Predictor, Config)
 
 def targets_of(target, codes, l, s, elements):
     """What is the target? The codes of the E symbols of a level-l tuple: its cousins predict them.
-
     codes: the teacher's, of all levels from 0. Returns (B, n, E, d) for n tuples a string."""
-    symbols = codes[0] if target == "token" else codes[l]
-    n = codes[0].shape[1] // s ** (l + 1)
+    symbols, n = codes[0] if target == "token" else codes[l], codes[l].shape[1] // s
     symbols = symbols.unflatten(1, (n, -1))                    # (B, n, symbols of a tuple, d)
     if elements == "one":
         symbols = symbols[:, :, :1]
     if target == "joint":                                      # and the tuple's own symbol
         symbols = torch.cat([symbols, codes[l + 1][:, :, None]], 2)
     return symbols
-
-
-def heads_of(target, elements, s, L):
-    """For each module the shape (I own positions, C cousins, E symbols of a cousin) of what it
-    predicts: it does not know which child its tuple is, so it predicts for every position."""
-    # one string's codes of width 1: only the shape of the targets counts
-    codes = [torch.empty(1, s ** (L - l), 1) for l in range(L)]
-    E = [targets_of(target, codes, l, s, elements).shape[2] for l in range(L - 1)]
-    return [(s, s - 1, e) if elements == "all" else (1, 1, e) for e in E]
 
 
 # ---- the losses ------------------------------------------------------------------------
@@ -220,8 +205,7 @@ def losses(student, teacher, x, rng):
     """The network's loss is the sum over modules l of
         prediction_l + gate_l * clustering_l,   gate_l = min(1, gain_l / config.gate).
     x: (B, s^L) strings. Returns two (L-1,) tensors, prediction and gate * clustering."""
-    # the teacher reads the same strings, and nothing flows back into it
-    with torch.no_grad():
+    with torch.no_grad():                                      # nothing flows back into the teacher
         _, taught = teacher(x)
     log_phi, codes = student(x)
     config, target, predictions, clusterings = student.config, student.target, [], []
@@ -251,7 +235,6 @@ def losses(student, teacher, x, rng):
 def prediction_loss(log_phi, targets, s):
     """The mean cross-entropy to the cousins' targets, in nats, and the gain, detached: 0 if phi
     predicts the mean target everywhere, 1 if it predicts every single target exactly.
-
     log_phi: (N, I, C, E, d); targets: (B, n, E, d), with B n = N."""
     families = targets.flatten(0, 1).unflatten(0, (-1, s))     # (N/s, s, E, d), grandparents'
     log_phi = log_phi.unflatten(0, (-1, s))                    # (N/s, s, I, C, E, d)
@@ -275,13 +258,12 @@ def entropy(p):
 
 
 def positive_pairs(phi, v, config, rng):
-    """Which tuples should have one code: (n, D), the distributions of each in a row -> (n, n)
-    bool. No threshold of similarity would fit all v, m and s, so by default k-means decides."""
+    """Which tuples should have one code: (n, D), the distributions of each in a row -> (n, n) bool.
+    No threshold of similarity would fit all v, m and s, so by default k-means decides."""
     if config.positives == "groups":
         group = grouping(phi, v, rng)
         return group[:, None] == group
-    # the paper's rule, S_ij = (1 + cos(phi_i, phi_j))/2. Every phi is near the mean of the
-    # batch, so that all pairs may be similar; centred: that mean is subtracted first
+    # the paper's rule. Every phi is near the mean of the batch, which `centred` subtracts first
     if config.positives == "centred":
         phi = phi - phi.mean(0)
     unit = F.normalize(phi, dim=-1)
@@ -296,8 +278,8 @@ def grouping(phi, v, rng):
     log = x.log()
     distance = ((x * log).sum(1) - log @ x.T).clamp(min=0)     # (n, n): [i, j] is KL(x_j | x_i)
 
-    # greedy k-means++: a few tuples are drawn in proportion to their distance from the nearest
-    # seed, and the one that leaves the least distance is the next seed
+    # greedy k-means++: the next seed is the best of a few tuples, each drawn in proportion to its
+    # distance from the nearest seed
     near, seeds = distance.new_full((STARTS, n), 1e9), []
     for draw in torch.rand(v, STARTS, TRIALS, generator=rng).to(x):
         upto = near.cumsum(1)                                  # (STARTS, n)
@@ -324,9 +306,7 @@ def clustering_loss(codes, positive, config):
 
     codes: (n, d) soft codes; positive: (n, n) bool. The form is ours: the logarithm keeps a
     gradient between nearly one-hot codes, so that two codes that split one symbol can merge."""
-    n = len(codes)
-    # the chance that two symbols drawn from the codes are the same
-    overlap = codes @ codes.T                                  # (n, n)
+    n, overlap = len(codes), codes @ codes.T                   # the chance of one symbol, (n, n)
     chance = torch.where(positive, overlap + 0.01, 1.0001 - overlap)       # never 0
     weight = torch.where(positive, 1.0, config.negative_weight).fill_diagonal_(0)
     loss = -(weight * chance.log()).sum() / (n * (n - 1))
@@ -344,8 +324,7 @@ def train(student, x, seed, callback=None, resume=None, progress=False):
     """The loop. x: (P, s^L) uint8 strings on the student's device."""
     config, teacher = student.config, copy.deepcopy(student).requires_grad_(False)
     weights, averages = list(student.parameters()), list(teacher.parameters())
-    decay, fused = config.weight_decay, x.device.type != "mps"
-    optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=decay, fused=fused)
+    optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=config.weight_decay, fused=True)
     steps = min(config.steps, math.ceil(config.epochs * len(x) / config.batch))
 
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
@@ -383,9 +362,9 @@ def fit(x, v, s, target="latent", seed=0, device=None, callback=None, resume=Non
     """Train on strings x, (P, s^L) symbols 0..v-1: a tensor, array or list. Returns a Predictor.
 
     settings: see Config. device: by default that of x. callback(step, network, prediction losses)
-    is called after every step. resume: a file, written once a minute and at the end; if it
-    exists, the training goes on from it. Raises ValueError, naming the argument, or
-    FloatingPointError, naming the step, if the loss is not finite."""
+    is called after every step. resume: a file, written once a minute and at the end; if it exists,
+    the training goes on from it. Raises ValueError, naming the argument, or FloatingPointError,
+    naming the step, if the loss is not finite."""
     v, s, seed = operator.index(v), operator.index(s), operator.index(seed)
     x, L = as_strings(x, v, s)
     config = Config.of(**settings).sized(v, s, 2, L)
@@ -404,13 +383,9 @@ def recover(grammar, P, seed, target="latent", device="cpu", **settings):
 
 
 def main():
-    files = {"trace": "append accuracies and losses during training, as CSV",
-             "save": "write the weights, for predictor.load",
-             "resume": "go on from this file, and write the state of training to it"}
-    args, grammar, config = read_flags(__doc__, 4096, TARGETS, Config, files)
+    args, grammar, config = read_flags(__doc__, 4096, TARGETS, Config, FILES)
     v, s, m, L, P = args.v, args.s, args.m, args.depth, args.samples
-    if config.hidden <= 64:
-        # on matrices this small more threads gain nothing and take cores from other processes
+    if config.hidden <= 64:             # on matrices this small more threads gain nothing
         torch.set_num_threads(1)
     truth = grammar.sample(256, (args.seed, 1))
     columns = [f"{kind} {l}" for l in range(1, L) for kind in ("accuracy", "prediction")]
@@ -425,16 +400,14 @@ def main():
             print(step, *row, v, m, P, sep=",", file=trace, flush=True)
 
     x = grammar.sample(P, args.seed, args.device)[0]
-    model = fit(x, v, s, args.target, args.seed, callback=callback, resume=args.resume,
-                progress=True, **vars(config))
+    model = fit(x, v, s, args.target, args.seed, None, callback, args.resume, True, **vars(config))
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}, v m^3 = {v * m**3}")
     print(f"target {args.target}\n\nlevel   accuracy   symbols in use (of {v})")
-    labels = model.label(truth[0])
-    for l, right in enumerate(model.score(grammar, args.seed), 1):
-        what = f"{len(labels[l].unique()):19}" if l < L else "   by a linear probe of the code"
-        print(f"{l:5}   {right:8.3f}{what}")
-    right = model.probe(grammar, args.seed, L - 1)
-    print(f"{L - 1:5}   {right:8.3f}   by a linear probe of the code")
+    labels, (*scores, root) = model.label(truth[0]), model.score(grammar, args.seed)
+    for l, right in enumerate(scores, 1):
+        print(f"{l:5}   {right:8.3f}{len(labels[l].unique()):19}")
+    for l, right in (L, root), (L - 1, model.probe(grammar, args.seed, L - 1)):
+        print(f"{l:5}   {right:8.3f}   by a linear probe of the code")
     if args.save:
         model.save(args.save)
 

@@ -2,23 +2,19 @@
 The table: how many samples P* each learner needs, against the depth of the grammar.
 
     python sweep.py --depth 2..6                        the table of the README
-    python sweep.py --depth 5 --methods data2vec        a cell that it leaves out
     python sweep.py --depth 4 --m 3..6 --methods cluster,cluster-joint --out out/m
     python sweep.py --methods data2vec-token:mask=0.3:steps=8000
     torchrun --nproc-per-node 4 -- sweep.py --depth 2..6    processes share one sweep
 
-A method is written LEARNER-TARGET:SETTING=VALUE:... Without a target the learner predicts its
-own latents; a setting that is not written has its default.
+A method is written LEARNER-TARGET:SETTING=VALUE:... (without a target: its own latents). For every
+method, size and seed (a fresh grammar and sample), P = 2^k is doubled until level L-1, the highest
+below the root, has an accuracy of --threshold on fresh strings, twice in a row. P* is the smallest
+such P, interpolated in log P. It is a bound where the climb ends before: at --max-samples, or where
+a network's steps would see each string fewer than 8 times ("limited by steps").
 
-For every method, size and seed, P = 2^k is doubled until the highest level of the tree below the
-root, L-1, is known with an accuracy of --threshold on fresh strings, twice in a row. P* is the
-smallest such P, interpolated in log P. A seed is one fresh grammar and one fresh sample. The climb
-also ends at --max-samples, and, for a network, where its steps would see each string fewer than 8
-times ("limited by steps"). P* is then a bound.
-
-It writes to --out the runs as they are finished (runs/*.csv, and runs.csv in order), the table
-(samples_vs_depth.csv, .md) and its picture. Stop it at any time: the same command continues. Any
-number of sweeps may share a folder. Runs of code that has been changed since are not used.
+The runs (runs/*.csv, and runs.csv in order), the table (samples_vs_depth.csv, .md) and its picture
+go to --out. Stop it at any time: the same command continues. Any number of sweeps may share a
+folder. Runs of code that has been changed since are not used.
 """
 
 import argparse
@@ -28,20 +24,17 @@ import itertools
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import traceback
-import uuid
 import zlib
+from collections import namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from datetime import timedelta
-from functools import lru_cache
-from operator import itemgetter
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,55 +55,39 @@ LEARNERS = {"cluster": cluster, "predictor": predictor, "data2vec": data2vec}
 # the methods of `--methods all`, and the depths at which it runs them. At L = 2 data2vec has
 # one level to learn, and its untrained encoder knows the root already.
 ALL = {
-    "cluster": range(2, 25), "cluster-token": range(2, 25),
-    "cluster-root": range(2, 25), "cluster-joint": range(2, 25),
+    **dict.fromkeys(["cluster", "cluster-token", "cluster-root", "cluster-joint"], range(2, 25)),
     "predictor": range(2, 5), "predictor-token": range(2, 4),
     "data2vec": range(3, 5), "data2vec-token": range(3, 5),
 }
 # for each target, the factor by which P* grows with every level in the theory
 LAW = {"latent": "1", "joint": "1", "stacked": "1", "several": "1", "token": "m", "root": "m"}
+Cell = namedtuple("Cell", "method v s m L zipf")    # a row of the table
 
 
 # ---- methods, and the runs of one seed -------------------------------------------------
 
 
-class Cell(NamedTuple):
-    """A row of the table."""
-
-    method: str
-    v: int
-    s: int
-    m: int
-    L: int
-    zipf: float
-
-
-@lru_cache(maxsize=None)
+@cache
 def read_method(text):
     """LEARNER-TARGET:SETTING=VALUE:... -> (learner, target, settings). Raises ValueError."""
-    words, *changes = text.split(":")
+    words, *changes = text.split(":")           # the first is LEARNER-TARGET
     key, _, target = words.partition("-")
     if key not in LEARNERS:
         raise ValueError(f"methods: no learner {key!r}; there is {', '.join(LEARNERS)}")
-    targets = getattr(LEARNERS[key], "TARGETS", ("latent",))
-    target = target or "latent"
+    learner, target = LEARNERS[key], target or "latent"
+    targets = getattr(learner, "TARGETS", ["latent"])
     if target not in targets:
         raise ValueError(f"methods: {key} has no target {target!r}; it has {', '.join(targets)}")
     settings = {}
-    for change in changes:      # :name=value
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"methods: a setting is written :name=value, not {change!r}")
-        settings[name.replace("-", "_")] = typed(value)
-    return LEARNERS[key], target, settings
-
-
-def typed(text):
-    """The number, the truth value or the word that a text stands for."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
+    for change in changes:
+        name, _, value = change.partition("=")
+        try:
+            # a number or a truth value; any other text is a word
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        except (ValueError, SyntaxError):
+            pass
+        settings[name.replace("-", "_")] = value
+    return learner, target, settings
 
 
 def limits(cell, cap):
@@ -118,7 +95,7 @@ def limits(cell, cap):
     can't have these sizes or settings."""
     learner, _, settings = read_method(cell.method)
     v, s, m, L = cell[1:5]
-    cap = min(cap, MOST_TOKENS // s**L)
+    cap = min(cap, MOST_TOKENS // s**L)         # what Grammar.sample allows
     config = learner.Config.of(**settings).sized(v, s, m, L) if hasattr(learner, "Config") else None
     first = learner.lowest(v, s, m) if hasattr(learner, "lowest") else v * m
     steps_allow = learner.highest(v, config) if hasattr(learner, "highest") else math.inf
@@ -146,104 +123,95 @@ def crossing(P, accuracy, threshold):
 def next_P(cell, rungs, args):
     """The P that a seed's climb needs next, None at its end. rungs: {P: accuracies}."""
     P, last, _ = limits(cell, args.max_samples)
-    reached = []
-    while P in rungs:           # what has been run
-        is_read = args.until == "root" and len(rungs[P]) == cell.L
-        reached.append(rungs[P][cell.L - 1 if is_read else cell.L - 2])
+    level = -1 if args.until == "root" else cell.L - 2      # the root is last, where it is read
+    above = []
+    while P in rungs:
+        above.append(rungs[P][level] >= args.threshold)     # nan is not
         P *= 2
-    found = len(reached) > 1 and all(a >= args.threshold for a in reached[-2:])     # nan is not
-    return None if found or P > last else P
+    return None if above[-2:] == [True, True] or P > last else P
 
 
 def climb(args, cell, seed, rungs):
     """The runs of one seed, P doubling until P* is known; each is put on disk when it is done.
-    rungs: {P: accuracies} of the runs that are known. Returns lines about those that diverged."""
+    rungs: {P: accuracies} of runs that are known. Returns (cell, seed, what went wrong, failed)."""
     learner, target, settings = read_method(cell.method)
-    lines = []
+    lines = []              # of runs that diverged
     while P := next_P(cell, rungs, args):   # P, 2 P, 4 P, ... until P* is known
         start = time.perf_counter()
         try:
             g = Grammar.random(*cell[1:5], seed, cell.zipf)
             rungs[P] = learner.recover(g, P, seed, target=target, device=args.device, **settings)
-        except FloatingPointError as error:
-            rungs[P] = [math.nan] * (cell.L - 1)            # a loss was not finite
-            lines.append(f"{cell.method} L={cell.L} m={cell.m} P={P} seed {seed}: {error}")
-        if len(rungs[P]) not in (cell.L - 1, cell.L):
-            raise ValueError(f"recover: must return {cell.L - 1} or {cell.L} accuracies")
+            if len(rungs[P]) not in (cell.L - 1, cell.L):
+                raise ValueError(f"recover: must return {cell.L - 1} or {cell.L} accuracies")
+        except FloatingPointError as error:                 # a loss was not finite
+            rungs[P] = [math.nan] * (cell.L - 1)
+            lines.append(f"P={P}: {error}")
+        except Exception:                                   # a bug; other seeds go on
+            return cell, seed, [*lines, f"P={P}: {traceback.format_exc()}"], True
         append(args, cell, P, seed, rungs[P], time.perf_counter() - start)
-    return lines
+    return cell, seed, lines, False
 
 
 # ---- the folder: finished runs on disk -------------------------------------------------
 
 
 COLUMNS = "method,v,s,m,L,zipf,P,seed,level,accuracy,seconds,device,code".split(",")
+# nobody else writes the file of this process; all else is made from such files
+OWN_FILE = f"{os.urandom(6).hex()}.csv"
 
 
-@lru_cache(maxsize=None)
+@cache
 def code_of(learner):
-    """Eight hex digits that tell the code of a learner, and of the grammar, from others."""
+    """Eight hex digits for the code of a learner and of the grammar; comments don't count."""
     files = [Path(module.__file__) for module in (learner, grammar)]
-    # syntax trees, so that comments don't count
     trees = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return f"{zlib.crc32(repr(trees).encode()):08x}"
 
 
-@lru_cache(maxsize=None)
-def own_file(out):
-    """The file of this process, which nobody else writes; all else is made from such files."""
-    path = Path(out) / "runs" / f"{uuid.uuid4().hex[:12]}.csv"
-    path.write_text(",".join(COLUMNS) + "\n")
-    return path
-
-
 def append(args, cell, P, seed, accuracy, seconds):
     """Put a run on disk: a row for each level, level 1 last, as a seal; in one write."""
-    code, lines = code_of(read_method(cell.method)[0]), ""
+    path, code = Path(args.out, "runs", OWN_FILE), code_of(read_method(cell.method)[0])
+    text = "" if path.exists() else ",".join(COLUMNS) + "\n"  # a new file begins with them
     for level in reversed(range(1, len(accuracy) + 1)):
-        # method, v, s, m, L, zipf, P, seed, level, accuracy, seconds
-        about = [*cell, P, seed, level, f"{accuracy[level - 1]:.6f}", f"{seconds:.3f}"]
-        lines += ",".join(map(str, [*about, args.device, code])) + "\n"
-    with open(own_file(args.out), "ab") as file:
-        file.write(lines.encode())
+        score = f"{accuracy[level - 1]:.6f}"
+        row = [*cell, P, seed, level, score, f"{seconds:.3f}", args.device, code]
+        text += ",".join(map(str, row)) + "\n"
+    with open(path, "ab") as file:              # bytes: the same line ends on Windows
+        file.write(text.encode())
 
 
 def read_runs(out, warn=lambda line: None):
-    """All whole runs of today's code: {(Cell, seed): {P: [rows of levels 1, 2, ...]}}."""
-    found, others = {}, set()
+    """All whole runs of today's code: {(Cell, seed): {P: accuracies}}, and {Cell: their rows}."""
+    found, others = {}, set()                   # {(Cell, seed, P): {level: row}}
     for path in sorted(Path(out).glob("runs/*.csv")):
         # a spreadsheet may have put a mark before the first column
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(COLUMNS) <= set(reader.fieldnames or COLUMNS):
-                warn(f"{path} is no file of runs, and is ignored")
-                continue
-            for row in reader:
+            for row in csv.DictReader(file):
                 try:
                     sizes = [int(row[name]) for name in ("v", "s", "m", "L")]
                     cell = Cell(row["method"], *sizes, float(row["zipf"]))
                     key, level = (cell, int(row["seed"]), int(row["P"])), int(row["level"])
-                    float(row["accuracy"]), float(row["seconds"])
-                    learner, _, _ = read_method(cell.method)
+                    code = code_of(read_method(cell.method)[0])
+                    float(row["accuracy"])
+                except KeyError:
+                    warn(f"{path} is no file of runs, and is ignored")
+                    break
                 except (TypeError, ValueError):             # a last line that was cut short
                     continue
                 # what other code has made stays there, for the day it comes back
-                if row["code"] == code_of(learner):
+                if row["code"] == code:
                     found.setdefault(key, {})[level] = row
                 else:
                     others.add((key, row["code"]))
     if others:
         warn(f"{len(others)} runs in {out} are of other code, and are not used")
-    runs = {}
+    runs, rows = {}, {}
     for (cell, seed, P), levels in sorted(found.items()):
         if set(levels) >= set(range(1, cell.L)):            # not torn
-            runs.setdefault((cell, seed), {})[P] = [levels[level] for level in sorted(levels)]
-    return runs
-
-
-def accuracies(runs):
-    """{P: [rows]} -> {P: [accuracy of level 1, 2, ...]}."""
-    return {P: [float(row["accuracy"]) for row in rows] for P, rows in runs.items()}
+            in_order = [levels[level] for level in sorted(levels)]
+            rows.setdefault(cell, []).extend(in_order)
+            runs.setdefault((cell, seed), {})[P] = [float(row["accuracy"]) for row in in_order]
+    return runs, rows
 
 
 # ---- the tables. stars: [(P*, sign)] of the seeds of a cell, as crossing returns them --
@@ -252,67 +220,62 @@ def accuracies(runs):
 def estimate(stars):
     """Texts (P*, lowest, highest): the geometric mean over seeds, and the ends of their range. If
     a seed has only a bound, the mean is one, "> 412" or "< 16", "?" if they pull both ways."""
-    mean = math.exp(np.mean([math.log(P) for P, _ in stars]))
-    signs = {sign for _, sign in stars} - {0}
-    if len(signs) == 2:
+    P, signs = zip(*stars)
+    mean = f"{np.exp(np.log(P).mean()):.0f}"
+    if {-1, 1} <= set(signs):
         return "?", "", ""
-    if signs:
-        return f"{'>' if 1 in signs else '<'} {mean:.0f}", "", ""
-    numbers = [P for P, _ in stars]
-    return f"{mean:.0f}", f"{min(numbers):.0f}", f"{max(numbers):.0f}"
+    if any(signs):
+        return f"{'>' if 1 in signs else '<'} {mean}", "", ""
+    return mean, f"{min(P):.0f}", f"{max(P):.0f}"
 
 
 def slope(points, is_factor):
     """Least squares of log P* over all seeds against x, with its standard error: a text, "" if
     there is none. points: {x: stars}; is_factor: exp(slope), the growth of P* per unit of x."""
-    # one point for every seed
-    x = np.array([x for x, stars in points.items() for _ in stars], float)
-    log = np.array([math.log(P) for stars in points.values() for P, _ in stars])
-    signs = np.array([sign for stars in points.values() for _, sign in stars])
     if len(points) < 2:
         return ""
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()      # slope = weights . log
-    value = weights @ log
-    pulls = set(np.sign(weights * signs)) - {0.0}           # of the seeds that are bounds
-    scale = math.exp(value) if is_factor else 1
-    text = f"{math.exp(value) if is_factor else value:.2f}"
+    # one point for every seed
+    x, P, signs = np.array([(x, *star) for x, stars in points.items() for star in stars]).T
+    x, log = x - x.mean(), np.log(P) - np.log(P).mean()
+    value = x @ log / (x @ x)
+    error = np.linalg.norm(log - value * x) / math.sqrt(x @ x * max(len(x) - 2, 1))
+    if is_factor:                               # the error of exp(a) is exp(a) times that of a
+        value = math.exp(value)
+        error *= value
+    # seeds that are bounds pull it up or down; if all do the same, the slope is a bound
+    pulls = set(np.sign(x * signs)) - {0}
     if pulls:
-        # all in one direction: the slope is a bound
-        return f"{'>' if 1 in pulls else '<'}{text}" if len(pulls) == 1 else ""
-    if len(x) < 3:
-        return text
-    residual = log - log.mean() - value * (x - x.mean())
-    error = math.sqrt((residual**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
-    return f"{text} ± {scale * error:.2f}"
+        return "" if len(pulls) == 2 else f"{'>' if 1 in pulls else '<'}{value:.2f}"
+    return f"{value:.2f} ± {error:.2f}" if len(x) > 2 else f"{value:.2f}"
 
 
 def table_row(cell, runs, args):
     """One row of samples_vs_depth.csv, and beside it the stars of level L-1 and of the root."""
-    ladders = [accuracies(runs[key]) for key in sorted(runs) if key[0] == cell]
-    row = {**cell._asdict(), "seeds": len(ladders), "status": "" if ladders else "not run"}
+    ladders = [rungs for key, rungs in runs.items() if key[0] == cell]
+    row = {**cell._asdict(), "seeds": len(ladders), "status": ""}
     for level, name in (cell.L - 1, "P50"), (cell.L, "root_P50"):
-        stars = []
+        row[name + "_stars"] = stars = []       # one for each seed
         for rungs in ladders:
             # not every learner reads the root
-            P = sorted(P for P in rungs if len(rungs[P]) >= level)
-            if P:
-                accuracy = [rungs[p][level - 1] for p in P]
-                stars.append(crossing(P, accuracy, args.threshold))
-        row[name + "_stars"] = stars
+            read = {P: values[level - 1] for P, values in rungs.items() if len(values) >= level}
+            if read:
+                stars.append(crossing([*read], [*read.values()], args.threshold))
         if stars:
             row[name], row[name + "_lo"], row[name + "_hi"] = estimate(stars)
     signs = [sign for _, sign in row["P50_stars"]]
     row["censored"] = sum(sign != 0 for sign in signs)
-    if signs and not row["censored"]:
+    if signs and not row["censored"]:           # against the paper's v m^3
         row["P50_over_vm3"] = f"{float(row['P50']) / (cell.v * cell.m**3):.4g}"
-    # why P* is only a bound
-    if 1 in signs:
+    # why P* is missing or only a bound
+    if not ladders:
+        row["status"] = "not run"
+    elif any(math.isnan(values[0]) for rungs in ladders for values in rungs.values()):
+        row["status"] = "diverged"
+    elif 1 in signs and any(next_P(cell, rungs, args) for rungs in ladders):
+        row["status"] = "not finished"
+    elif 1 in signs:
         by_steps = limits(cell, args.max_samples)[2]
         row["status"] = "limited by steps" if by_steps else "beyond Pmax"
-        if any(next_P(cell, rungs, args) for rungs in ladders):
-            row["status"] = "not finished"
-    if any(math.isnan(values[0]) for rungs in ladders for values in rungs.values()):
-        row["status"] = "diverged"
     return row
 
 
@@ -321,37 +284,7 @@ TABLE = ("method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P50_over_vm3,root_P50,root_P50_l
 MARKS = {"limited by steps": "s", "not finished": "..", "diverged": "x", "not run": "-"}
 
 
-def size_table(rows):
-    """The Markdown table of one size: level L-1 of all methods, a line each, then all their roots.
-    The column growth has the factor of P* per level and the depths that it covers. They begin at
-    L = 3: in a tree of depth 2 the only grandparent is the root."""
-    title = "v={v} s={s} m={m} zipf={zipf:g}".format(**rows[0]).removesuffix(" zipf=0")
-    depths = sorted({row["L"] for row in rows})
-    table = [[title, *(f"L={L}" for L in depths), "growth, L", "law"]]
-    methods = dict.fromkeys(row["method"] for row in rows)
-    for part, method in itertools.product(("P50", "root_P50"), methods):
-        line = {row["L"]: row for row in rows if row["method"] == method}
-        stars = {L: row[part + "_stars"] for L, row in line.items() if row[part + "_stars"]}
-        if part == "root_P50" and not stars:
-            continue
-        texts = [cell_text(line[L], part) if L in line else "" for L in depths]
-        # beyond the depth where the only grandparent is the root
-        deep = {L: stars[L] for L in stars if L > 2}
-        growth = slope(deep, is_factor=True)
-        if growth:
-            growth += f", {min(deep)}..{max(deep)}"
-        # the theory has no law for a probe of the root
-        law = LAW.get(read_method(method)[1], "") if part == "P50" else ""
-        name = method if part == "P50" else f"{method}, root"
-        table.append([name, *texts, growth, law])
-    # columns of one width
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in table]
-    return "\n".join(" | ".join(line).rstrip() for line in lines)
-
-
-def cell_text(row, part):
+def cell_text(row, part="P50"):
     """One entry of a printed table, such as 296 [237, 362] or >2048 s."""
     text = row.get(part, "").replace(" ", "")
     if row.get(part + "_lo") and row["seeds"] > 1:
@@ -360,49 +293,67 @@ def cell_text(row, part):
     return f"{text} {mark}".strip()
 
 
-def tables(rows):
-    """All tables as one text; with the exponent of m where there are several."""
-    size_of = itemgetter("v", "s", "m", "zipf")
-    text, over_m = [], {}
-    for _, group in itertools.groupby(rows, size_of):
-        text.append(size_table(list(group)))
+def size_table(size, rows):
+    """The Markdown table of one size: level L-1 of all methods, a line each, then all their roots.
+    growth: the factor of P* per level, and the depths that it covers."""
+    depths = sorted({row["L"] for row in rows})
+    table = [[size, *(f"L={L}" for L in depths), "growth, L", "law"]]
+    methods = dict.fromkeys(row["method"] for row in rows)
+    for part, method in itertools.product(("P50", "root_P50"), methods):
+        line = {row["L"]: row for row in rows if row["method"] == method}   # of one method
+        stars = {L: row[part + "_stars"] for L, row in line.items() if row[part + "_stars"]}
+        deep = {L: stars[L] for L in stars if L > 2}        # at L = 2 the root is the grandparent
+        if growth := slope(deep, is_factor=True):
+            growth += f", {min(deep)}..{max(deep)}"
+        texts = [cell_text(line[L], part) if L in line else "" for L in depths]
+        # the theory has no law for a probe of the root
+        is_root = part == "root_P50"
+        law = "" if is_root else LAW.get(read_method(method)[1], "")
+        if stars or not is_root:
+            table.append([method + ", root" * is_root, *texts, growth, law])
+    # columns of one width
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(map(str.ljust, line, widths)) for line in table)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_tables(args, unrun):
+    """Make runs.csv and both tables from all files. Returns the text of the tables."""
+    runs, run_rows = read_runs(args.out)
+    methods = [*ALL, *sorted({cell.method for cell in run_rows} - set(ALL))]
+    # sizes, then methods in the order of ALL
+    cells = sorted({*run_rows, *unrun},
+                   key=lambda cell: (cell[1:4], cell.zipf, methods.index(cell.method), cell.L))
+    rows = [table_row(cell, runs, args) for cell in cells]
+    run_rows = [row for cell in cells for row in run_rows.get(cell, [])]
+    files = ("runs.csv", COLUMNS, run_rows), ("samples_vs_depth.csv", TABLE, rows)
+    for name, columns, lines in files:
+        with open(Path(args.out, name), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    by_size = itertools.groupby(rows, "v={v} s={s} m={m} zipf={zipf:g}".format_map)
+    text = [size_table(size.removesuffix(" zipf=0"), list(group)) for size, group in by_size]
+    # the exponent of m, where there are several
+    over_m = {}
     for row in rows:
-        series = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row)
         if row["P50_stars"]:
+            series = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row)
             over_m.setdefault(series, {})[math.log(row["m"])] = row["P50_stars"]
     for series, stars in over_m.items():
         if exponent := slope(stars, is_factor=False):
             text.append(f"{series}: P* goes with m to the power of {exponent}")
     legend = ["P*: geometric mean of seeds [lowest, highest]", "growth: least squares ± its error"]
-    statuses = {row["status"] for row in rows}
-    legend += [f"{mark} {status}" for status, mark in MARKS.items() if status in statuses]
+    last = {row["status"]: row for row in rows}
+    legend += [f"{mark} {status}" for status, mark in MARKS.items() if status in last]
     text.append(", ".join(legend))
-    for row in [row for row in rows if row["status"] == "not run"][-1:]:
-        text.append("--methods {method} --depth {L} runs the last of these".format(**row))
-    return "\n\n".join(text)
-
-
-def write_tables(args, unrun):
-    """Make runs.csv and both tables from all files. Returns the text of the tables."""
-    runs, out = read_runs(args.out), Path(args.out)
-    methods = [*ALL, *sorted({cell.method for cell, _ in runs} - set(ALL))]
-
-    def place(cell):            # sizes, then methods in the order of ALL
-        return cell.v, cell.s, cell.m, cell.zipf, methods.index(cell.method), cell.L
-
-    def write(name, columns, rows):
-        with open(out / name, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    in_order = sorted(runs, key=lambda key: (place(key[0]), key[1]))
-    write("runs.csv", COLUMNS, (row for key in in_order for P in runs[key] for row in runs[key][P]))
-    cells = sorted({cell for cell, _ in runs} | set(unrun), key=place)
-    rows = [table_row(cell, runs, args) for cell in cells]
-    write("samples_vs_depth.csv", TABLE, rows)
-    text = tables(rows)
-    (out / "samples_vs_depth.md").write_text(text + "\n", encoding="utf-8")
+    if "not run" in last:
+        hint = "--methods {method} --depth {L} runs the last of these"
+        text.append(hint.format(**last["not run"]))
+    text = "\n\n".join(text)
+    Path(args.out, "samples_vs_depth.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
@@ -420,26 +371,16 @@ def start_worker():
 
 
 def finished(ladders, args, jobs):
-    """Climb all ladders, [(cell, seed, rungs)]. Yields (cell, seed, lines, its error or None)."""
+    """Climb all ladders, [(cell, seed, rungs)], and yield what climb returns as they end."""
     if jobs == 1:               # here, so that a debugger works
-        for cell, seed, rungs in ladders:
-            try:
-                yield cell, seed, climb(args, cell, seed, rungs), None
-            except Exception as error:
-                yield cell, seed, [], error
+        yield from (climb(args, *ladder) for ladder in ladders)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, start_worker) as pool:
+        futures = [pool.submit(climb, args, *ladder) for ladder in ladders]
         try:
-            futures = {pool.submit(climb, args, *ladder): ladder for ladder in ladders}
-            for future in as_completed(futures):
-                cell, seed, _ = futures[future]
-                error = future.exception()
-                if isinstance(error, BrokenExecutor):       # a worker was killed
-                    raise error
-                yield cell, seed, [] if error else future.result(), error
-        except BaseException:
-            # Ctrl-C: don't wait for runs that will be done again
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:   # Ctrl-C: don't wait for runs that will be done again
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -448,31 +389,27 @@ def finished(ladders, args, jobs):
 def sweep(cells, args, jobs, rank, world):
     """Climb for all seeds of {Cell: seeds}. Prints P* of each cell when it is done, and returns how
     many climbs ended in an error."""
-    runs = read_runs(args.out, tqdm.write if rank == 0 else lambda line: None)
-    ladders = []
-    for cell, seeds in cells.items():
-        ladders += [(cell, seed, accuracies(runs.get((cell, seed), {}))) for seed in seeds]
+    runs, _ = read_runs(args.out, tqdm.write if rank == 0 else lambda line: None)
+    ladders = [(cell, seed, runs.get((cell, seed), {})) for cell in cells for seed in cells[cell]]
     # quick learners first, so that they can be read soon; of each the costly climbs first
-    place = {learner: i for i, learner in enumerate(LEARNERS.values())}
-    ladders.sort(key=lambda ladder: (place[read_method(ladder[0].method)[0]], -ladder[0].L))
+    order = [*LEARNERS.values()]
+    ladders.sort(key=lambda ladder: (order.index(read_method(ladder[0].method)[0]), -ladder[0].L))
     ladders = ladders[rank::world]
-    left = {cell: len(seeds) for cell, seeds in cells.items()}
-    failures = 0
+    left = {cell: len(seeds) for cell, seeds in cells.items()}  # climbs still to come
+    failures = 0                                # climbs that ended in an error
     with tqdm(total=len(ladders), unit="seed", disable=rank > 0) as bar:
-        for cell, seed, lines, error in finished(ladders, args, jobs):
+        for cell, seed, lines, failed in finished(ladders, args, jobs):
             name = f"{cell.method} L={cell.L} m={cell.m}"
             bar.set_postfix_str(f"{name} seed {seed}", refresh=False)
             bar.update()
-            if error:
-                failures += 1
-                lines = [f"{name} seed {seed} failed:", *traceback.format_exception(error)]
+            failures += failed
             for line in lines:
-                tqdm.write(line)
+                tqdm.write(f"{name} seed {seed} {line}")
             # a line of the table as soon as all of its seeds are done
             left[cell] -= 1
             if left[cell] == 0 and world == 1:
-                row = table_row(cell, read_runs(args.out), args)
-                tqdm.write(f"{name}: P* = {cell_text(row, 'P50')}")
+                row = table_row(cell, read_runs(args.out)[0], args)
+                tqdm.write(f"{name}: P* = {cell_text(row)}")
     return failures
 
 
@@ -485,15 +422,14 @@ def span(text):
     for part in text.split(","):
         low, _, high = part.partition("..")     # high is "" for a single number
         numbers.update(range(int(low), int(high or low) + 1))
-    if not numbers:
+    if not numbers or min(numbers) < 0:
         raise ValueError
     return sorted(numbers)
 
 
 def seeds(text):
     """An argparse type: 5 for 0..4, or as span."""
-    is_number = ".." not in text and "," not in text
-    return span(f"0..{int(text) - 1}" if is_number else text.replace("-", "x"))     # none below 0
+    return span(f"0..{int(text) - 1}" if text.isdigit() else text)
 
 
 def read_flags():
@@ -517,9 +453,10 @@ def read_flags():
     args = parser.parse_args()
     try:
         cells, unrun = cells_of(args)
-        if Path(args.out, "runs.csv").exists() and not Path(args.out, "runs").exists():
+        runs = Path(args.out, "runs")
+        if Path(args.out, "runs.csv").exists() and not runs.exists():
             raise ValueError(f"out: {args.out} has results without their runs; name another folder")
-        (Path(args.out) / "runs").mkdir(parents=True, exist_ok=True)
+        runs.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         parser.error(f"argument --{error}")
     except OSError as error:
@@ -532,29 +469,29 @@ def cells_of(args):
     check_range("zipf", args.zipf, 0, 10)
     check_range("threshold", args.threshold, 1e-9, 1)
     check_range("jobs", args.jobs or 1, 1, 61)  # Windows waits for no more processes
-    words = [word.strip() for word in args.methods.split(",")]
-    # cluster-latent is cluster
-    named = [re.sub("-latent(?=:|$)", "", word) for word in words if word != "all"]
-    methods = dict.fromkeys([*ALL, *named] if "all" in words else named)
+    # spaces don't count, and cluster-latent is cluster
+    named = args.methods.replace(" ", "").replace("-latent", "").split(",")
+    methods = dict.fromkeys([*ALL, *named] if "all" in named else named)
+    methods.pop("all", None)
     cells, unrun = {}, []
     for method, m, L in itertools.product(methods, args.m, args.depth):
+        check_sizes(args.v, args.s, m, L)       # names the flag
         learner, _, _ = read_method(method)
         cell = Cell(method, args.v, args.s, m, L, args.zipf)
-        check_sizes(args.v, args.s, m, L)       # names the flag
-        if method not in named and L not in ALL[method]:
-            unrun.append(cell)
-            continue
+        is_left_out = method not in named and L not in ALL[method]
         try:
             first, last, by_steps = limits(cell, args.max_samples)
         except ValueError as error:
             if method in named:
                 raise ValueError(f"methods: {method}: {error}") from None
-            unrun.append(cell)                  # of `all`: this learner can't have that size
-            continue
-        if first > last:                        # or it would be missing in silence
+            is_left_out = True                  # this learner can't have that size
+        if is_left_out:
+            unrun.append(cell)                  # a dash in the table
+        elif first > last:                      # or it would be missing in silence
             flag = "methods" if by_steps else "max-samples"
             raise ValueError(f"{flag}: {method} at m = {m} starts at {first}, the last is {last}")
-        cells[cell] = args.seeds or range(getattr(learner, "SEEDS", 5))
+        else:
+            cells[cell] = args.seeds or range(getattr(learner, "SEEDS", 5))
     return cells, unrun
 
 
@@ -562,33 +499,27 @@ def main():
     rank, world, local_rank = ranks()
     args, cells, unrun = read_flags()
     torch.set_num_threads(1)                    # as in a worker: results don't depend on --jobs
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = args.jobs or (4 if args.device != "cpu" else cores if world == 1 else 1)
     if world > 1 and args.device == "cuda":     # one GPU a rank, by turns if there are fewer
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
-        failures = sweep(cells, args, min(jobs, 61), rank, world)
-    except (KeyboardInterrupt, BrokenExecutor) as error:
-        reason = "a process was killed" if isinstance(error, BrokenExecutor) else "stopped"
-        safe = f"the same command continues from the runs in {args.out}"
-        print(f"\n{reason}; {safe}", file=sys.stderr)
+        failures = torch.tensor(sweep(cells, args, min(jobs, 61), rank, world))
+    except (KeyboardInterrupt, BrokenExecutor):     # the latter if a process was killed
+        print(f"\nstopped; the same command continues from the runs in {args.out}", file=sys.stderr)
         sys.exit(130)
-    if world > 1:
-        # wait until all ranks are done, and add up
+    if world > 1:               # wait until all ranks are done, and add up
         dist.init_process_group("gloo", timeout=timedelta(days=365))
-        total = torch.tensor(failures)
-        dist.all_reduce(total)
+        dist.all_reduce(failures)
         dist.destroy_process_group()
-        failures = int(total)
-    if rank == 0:
-        print("\n" + write_tables(args, unrun))
-        try:
-            import plot  # here, since nothing else needs matplotlib
-
-            print(f"\nwrote {plot.samples_vs_depth(Path(args.out) / 'samples_vs_depth.csv')}")
-        except Exception as error:
-            print(f"\nno picture: {error!r:.200}")
+        if rank > 0:                            # rank 0 writes for all
+            os._exit(int(failures > 0))         # gloo's threads may abort an orderly exit
+    print("\n" + write_tables(args, unrun))
+    try:
+        import plot  # here, since nothing else needs matplotlib
+        print(f"\nwrote {plot.samples_vs_depth(Path(args.out, 'samples_vs_depth.csv'))}")
+    except Exception as error:
+        print(f"\nno picture: {error!r:.200}")
     sys.exit(1 if failures else 0)
 
 
