@@ -81,7 +81,8 @@ class Grammar:
     @staticmethod
     def load(file):
         """From a file of `--save`; or an .npz of arrays (v, m, s), named rules0 or rules_0 and so
-        on, or else in this order; or an .npy (L, v, m, s). Raises ValueError, naming load."""
+        on, or else in this order; or an .npy (L, v, m, s). rules[0] makes the tokens: turn around
+        what is numbered from the root. Raises ValueError, naming load."""
         try:
             found = np.load(file, allow_pickle=False)
             names = getattr(found, "files", range(len(found)))
@@ -92,7 +93,8 @@ class Grammar:
             v, m, s = rules[0].shape
             return Grammar(v, s, m, len(rules), rules, zipf)
         except Exception as error:  # a foreign file can raise anything
-            raise ValueError(f"load: {file} holds no rules (v, m, s): {error!r:.200}") from None
+            what = "rules (v, m, s) by level, those that make the tokens first"
+            raise ValueError(f"load: {file} holds no {what}: {error!r:.150}") from None
 
     def save(self, file, levels):
         """Write strings, their hidden levels and the rules as an .npz, for load."""
