@@ -559,6 +559,9 @@ def read_flags(doc, samples, targets, Config, files=()):
         grammar = Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
         config = Config.of(**settings).sized(args.v, args.s, args.m, args.depth)
         check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
+        given = [flag for flag in files if getattr(args, flag)]
+        if len({os.path.realpath(getattr(args, flag)) for flag in given}) < len(given):
+            raise ValueError(f"{given[-1]}: must be a file of its own")     # none is overwritten
         for flag in files:
             path = getattr(args, flag) or os.devnull
             with open(path, "a+b") as file:                 # fails now, not after the work

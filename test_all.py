@@ -386,9 +386,8 @@ def test_positive_pairs_are_the_papers_or_groups_of_one_parent():
         cosine = F.cosine_similarity(vectors[:, None], vectors, dim=2)
         found = predictor.positive_pairs(phi, 4, config, None)
         assert torch.equal(found, (1 + cosine) / 2 > 0.7) and 6 < found.sum() < 36
-    # exact contexts
     g, rng = Grammar.random(8, 2, 3, 3), torch.Generator().manual_seed(0)
-    contexts = [g.context(0, t, 0, n) for t, n in ((0, 2), (0, 3), (1, 0), (1, 1))]
+    contexts = [g.context(0, t, 0, n) for t, n in ((0, 2), (0, 3), (1, 0), (1, 1))]     # exact
     symbols = g.sample(64)[1].flatten().long()
     phi = torch.cat(contexts, 1).float()[symbols]           # (256, 4 v)
     found = predictor.positive_pairs(phi, 8, predictor.Config(), rng)
@@ -699,8 +698,9 @@ BAD_COMMANDS = """
     cluster --restarts 0 | cluster --m two | predictor --save x --codes 3 | predictor --colour 3
     predictor --ema-decay 2 | data2vec --m 1 | data2vec --preset gpu | data2vec --mask-block 3
     data2vec --preset transformer --width 30 | sweep --methods foo | sweep --depth x | sweep --m 9
-    sweep --methods cluster:positions=here | sweep --seeds 0 | sweep --device cuda:99
-    sweep --methods predictor:steps=1 | sweep --methods cluster --max-samples 2 | sweep --until leaf
+    sweep --methods cluster:positions=here | sweep --seeds 0 | predictor --save x --resume x
+    sweep --device cuda:99 | sweep --methods predictor:steps=1 | sweep --until leaf
+    sweep --methods cluster --max-samples 2
 """
 
 
@@ -720,7 +720,7 @@ def test_a_bad_flag_gets_one_line_and_leaves_nothing_behind(command, call):
     (lambda: G.sample(5, without=4), "without"), (lambda: G.swap(G.sample(5), 0, "generic"), "l"),
     (lambda: G.context(0, 0, 0, 8), "n"), (lambda: G.context(0, 0, 0, 1), "n: node 1 lies"),
     (lambda: G.context(3, 0, 0, 0), "l"), (lambda: G.context(0, 4, 0, 0), "t"),
-    (lambda: G.context(0, 0, 4, 0), "target_level"),
+    (lambda: G.context(0, 0, 4, 0), "target_level"), (lambda: G.context(0, 0, 0, -1), "n"),
     (lambda: G.parse(STRINGS // 2), "x: string 0, level 0, position 0: no rule"),
     (lambda: G.posterior(STRINGS // 2, torch.ones(8) > 0), "x: string 0 has no derivation"),
     (lambda: cluster.fit(STRINGS, 4, 2, "leaf"), "target"),
