@@ -31,7 +31,7 @@ import time
 import traceback
 import zlib
 from collections import namedtuple
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -74,11 +74,10 @@ def read_method(text):
     key, _, target = words.partition("-")
     if key not in LEARNERS:
         raise ValueError(f"methods: no learner {key!r}; there is {', '.join(LEARNERS)}")
-    learner, target = LEARNERS[key], target or "latent"
+    learner, target, settings = LEARNERS[key], target or "latent", {}
     targets = getattr(learner, "TARGETS", ["latent"])
     if target not in targets:
         raise ValueError(f"methods: {key} has no target {target!r}; it has {', '.join(targets)}")
-    settings = {}
     for change in changes:
         name, _, value = change.partition("=")
         try:
@@ -102,22 +101,24 @@ def limits(cell, cap):
     return 2 ** max(0, int(math.log2(first))), min(cap, steps_allow), steps_allow < cap
 
 
-def crossing(P, accuracy, threshold):
+def crossing(rungs, threshold):
     """The smallest P from which the accuracy is at or above the threshold on two rungs in a row,
     interpolated linearly in log P between the rung before and the first of the two.
 
-    P, accuracy: lists, P ascending. Returns (P*, sign): sign 0 if P* lies on the ladder; -1, with
-    the lowest rung, if below it; 1, with the last rung below the threshold, if above it."""
-    above = [a >= threshold for a in accuracy]
-    if all(above[:2]):                          # both lowest rungs, or the only one
+    rungs: {P: accuracy}. Returns (P*, sign): sign 0 if P* lies between rungs; -1, with the lowest
+    rung, if below it; 1, with the last rung below the threshold, if above it."""
+    P, right = np.array(sorted(rungs.items())).T
+    above = right >= threshold                  # nan, of a run that diverged, is not
+    if above[:2].all():                         # both lowest rungs, or the only one
         return float(P[0]), -1
     # one rung above it may be luck; two in a row count
-    for i in range(1, len(P) - 1):
-        if above[i] and above[i + 1]:
-            before = np.nan_to_num(accuracy[i - 1])         # nan: that run diverged
-            share = (threshold - before) / (accuracy[i] - before)
-            return float(P[i - 1] * (P[i] / P[i - 1]) ** share), 0
-    return float(max(p for p, a in zip(P, above) if not a)), 1
+    twice = np.flatnonzero(above[:-1] & above[1:])
+    if not len(twice):
+        return float(P[~above].max()), 1
+    i = twice[0]
+    before = np.nan_to_num(right[i - 1])
+    share = (threshold - before) / (right[i] - before)
+    return float(P[i - 1] * (P[i] / P[i - 1]) ** share), 0
 
 
 def next_P(cell, rungs, args):
@@ -133,7 +134,8 @@ def next_P(cell, rungs, args):
 
 def climb(args, cell, seed, rungs):
     """The runs of one seed, P doubling until P* is known; each is put on disk when it is done.
-    rungs: {P: accuracies} of runs that are known. Returns (cell, seed, what went wrong, failed)."""
+    rungs: {P: accuracies} that are known. Returns (cell, seed, all rungs, what went wrong, was it
+    a bug)."""
     learner, target, settings = read_method(cell.method)
     lines = []              # of runs that diverged
     while P := next_P(cell, rungs, args):   # P, 2 P, 4 P, ... until P* is known
@@ -147,9 +149,9 @@ def climb(args, cell, seed, rungs):
             rungs[P] = [math.nan] * (cell.L - 1)
             lines.append(f"P={P}: {error}")
         except Exception:                                   # a bug; other seeds go on
-            return cell, seed, [*lines, f"P={P}: {traceback.format_exc()}"], True
+            return cell, seed, rungs, [*lines, f"P={P}: {traceback.format_exc()}"], True
         append(args, cell, P, seed, rungs[P], time.perf_counter() - start)
-    return cell, seed, lines, False
+    return cell, seed, rungs, lines, False
 
 
 # ---- the folder: finished runs on disk -------------------------------------------------
@@ -180,38 +182,40 @@ def append(args, cell, P, seed, accuracy, seconds):
         file.write(text.encode())
 
 
-def read_runs(out, warn=lambda line: None):
-    """All whole runs of today's code: {(Cell, seed): {P: accuracies}}, and {Cell: their rows}."""
-    found, others = {}, set()                   # {(Cell, seed, P): {level: row}}
+def read_runs(out):
+    """All whole runs of today's code: {(Cell, seed): {P: accuracies}}, their rows {(Cell, seed, P):
+    [a row for each level]}, and lines that say what is left out."""
+    found, runs, rows, lines, others = [], {}, {}, [], 0
     for path in sorted(Path(out).glob("runs/*.csv")):
         # a spreadsheet may have put a mark before the first column
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    sizes = [int(row[name]) for name in ("v", "s", "m", "L")]
-                    cell = Cell(row["method"], *sizes, float(row["zipf"]))
-                    key, level = (cell, int(row["seed"]), int(row["P"])), int(row["level"])
-                    code = code_of(read_method(cell.method)[0])
-                    float(row["accuracy"])
-                except KeyError:
-                    warn(f"{path} is no file of runs, and is ignored")
-                    break
-                except (TypeError, ValueError):             # a last line that was cut short
-                    continue
-                # what other code has made stays there, for the day it comes back
-                if row["code"] == code:
-                    found.setdefault(key, {})[level] = row
-                else:
-                    others.add((key, row["code"]))
+            reader, run = csv.DictReader(file), []
+            if not set(COLUMNS) <= set(reader.fieldnames or []):
+                lines.append(f"{path} is no file of runs, and is ignored")
+                continue
+            for row in reader:
+                run.insert(0, row)
+                if row["level"] == "1":         # the seal
+                    found.append(run)
+                    run = []
+    for run in found:
+        row = run[0]
+        try:
+            learner, _, _ = read_method(row["method"])
+            cell = Cell(row["method"], *(int(row[name]) for name in "vsmL"), float(row["zipf"]))
+            seed, P = int(row["seed"]), int(row["P"])
+            right = [float(row["accuracy"]) for row in run]
+        except (TypeError, ValueError):         # cut short, or of a learner that has gone
+            continue
+        # what other code has made stays there, for the day it comes back
+        if row["code"] != code_of(learner):
+            others += 1
+        elif len(run) >= cell.L - 1:
+            runs.setdefault((cell, seed), {})[P] = right
+            rows[cell, seed, P] = run
     if others:
-        warn(f"{len(others)} runs in {out} are of other code, and are not used")
-    runs, rows = {}, {}
-    for (cell, seed, P), levels in sorted(found.items()):
-        if set(levels) >= set(range(1, cell.L)):            # not torn
-            in_order = [levels[level] for level in sorted(levels)]
-            rows.setdefault(cell, []).extend(in_order)
-            runs.setdefault((cell, seed), {})[P] = [float(row["accuracy"]) for row in in_order]
-    return runs, rows
+        lines.append(f"{others} runs in {out} are of other code, and are not used")
+    return runs, rows, lines
 
 
 # ---- the tables. stars: [(P*, sign)] of the seeds of a cell, as crossing returns them --
@@ -230,12 +234,11 @@ def estimate(stars):
 
 
 def slope(points, is_factor):
-    """Least squares of log P* over all seeds against x, with its standard error: a text, "" if
-    there is none. points: {x: stars}; is_factor: exp(slope), the growth of P* per unit of x."""
-    if len(points) < 2:
+    """Least squares of log P* against x, with its standard error: a text, "" if there is none.
+    points: [(x, P*, sign)], one for every seed; is_factor: exp(slope), the growth of P* per x."""
+    if len({x for x, _, _ in points}) < 2:
         return ""
-    # one point for every seed
-    x, P, signs = np.array([(x, *star) for x, stars in points.items() for star in stars]).T
+    x, P, signs = np.array(points).T
     x, log = x - x.mean(), np.log(P) - np.log(P).mean()
     value = x @ log / (x @ x)
     error = np.linalg.norm(log - value * x) / math.sqrt(x @ x * max(len(x) - 2, 1))
@@ -254,22 +257,18 @@ def table_row(cell, runs, args):
     ladders = [rungs for key, rungs in runs.items() if key[0] == cell]
     row = {**cell._asdict(), "seeds": len(ladders), "status": ""}
     for level, name in (cell.L - 1, "P50"), (cell.L, "root_P50"):
-        row[name + "_stars"] = stars = []       # one for each seed
-        for rungs in ladders:
-            # not every learner reads the root
-            read = {P: values[level - 1] for P, values in rungs.items() if len(values) >= level}
-            if read:
-                stars.append(crossing([*read], [*read.values()], args.threshold))
+        # not every learner reads the root
+        read = [{P: right[level - 1] for P, right in rungs.items() if len(right) >= level}
+                for rungs in ladders]
+        row[name + "_stars"] = stars = [crossing(rungs, args.threshold) for rungs in read if rungs]
         if stars:
             row[name], row[name + "_lo"], row[name + "_hi"] = estimate(stars)
     signs = [sign for _, sign in row["P50_stars"]]
     row["censored"] = sum(sign != 0 for sign in signs)
-    if signs and not row["censored"]:           # against the paper's v m^3
+    if not row["censored"]:                     # against the paper's v m^3
         row["P50_over_vm3"] = f"{float(row['P50']) / (cell.v * cell.m**3):.4g}"
-    # why P* is missing or only a bound
-    if not ladders:
-        row["status"] = "not run"
-    elif any(math.isnan(values[0]) for rungs in ladders for values in rungs.values()):
+    # why P* is only a bound
+    if any(math.isnan(right[0]) for rungs in ladders for right in rungs.values()):
         row["status"] = "diverged"
     elif 1 in signs and any(next_P(cell, rungs, args) for rungs in ladders):
         row["status"] = "not finished"
@@ -281,16 +280,17 @@ def table_row(cell, runs, args):
 
 TABLE = ("method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P50_over_vm3,root_P50,root_P50_lo,root_P50_hi,"
          "seeds,censored,status").split(",")
-MARKS = {"limited by steps": "s", "not finished": "..", "diverged": "x", "not run": "-"}
+MARKS = {"limited by steps": " s", "not finished": " ..", "diverged": " x"}
+LEGEND = """P*: geometric mean of seeds [lowest, highest]; growth: least squares ± its error
+s limited by steps, .. not finished, x diverged, - not run: --methods NAME --depth L runs it"""
 
 
 def cell_text(row, part="P50"):
     """One entry of a printed table, such as 296 [237, 362] or >2048 s."""
-    text = row.get(part, "").replace(" ", "")
-    if row.get(part + "_lo") and row["seeds"] > 1:
+    text = row[part].replace(" ", "")
+    if row[part + "_lo"] and row["seeds"] > 1:
         text += f" [{row[part + '_lo']}, {row[part + '_hi']}]"
-    mark = MARKS.get(row["status"], "") if part == "P50" else ""
-    return f"{text} {mark}".strip()
+    return text + MARKS.get(row["status"], "") * (part == "P50")
 
 
 def size_table(size, rows):
@@ -300,59 +300,49 @@ def size_table(size, rows):
     table = [[size, *(f"L={L}" for L in depths), "growth, L", "law"]]
     methods = dict.fromkeys(row["method"] for row in rows)
     for part, method in itertools.product(("P50", "root_P50"), methods):
-        line = {row["L"]: row for row in rows if row["method"] == method}   # of one method
-        stars = {L: row[part + "_stars"] for L, row in line.items() if row[part + "_stars"]}
-        deep = {L: stars[L] for L in stars if L > 2}        # at L = 2 the root is the grandparent
-        if growth := slope(deep, is_factor=True):
-            growth += f", {min(deep)}..{max(deep)}"
-        texts = [cell_text(line[L], part) if L in line else "" for L in depths]
-        # the theory has no law for a probe of the root
-        is_root = part == "root_P50"
-        law = "" if is_root else LAW.get(read_method(method)[1], "")
-        if stars or not is_root:
-            table.append([method + ", root" * is_root, *texts, growth, law])
+        line = {row["L"]: row for row in rows if row["method"] == method and part in row}
+        texts = [cell_text(line[L], part) if L in line else "-" for L in depths]
+        # at L = 2 the root is the grandparent
+        points = [(L, *star) for L in line if L > 2 for star in line[L][part + "_stars"]]
+        if growth := slope(points, is_factor=True):
+            growth += f", {points[0][0]}..{points[-1][0]}"
+        if part == "P50":
+            table.append([method, *texts, growth, LAW.get(read_method(method)[1], "")])
+        elif line:                              # the theory has no law for a probe of the root
+            table.append([method + ", root", *texts, growth, ""])
     # columns of one width
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(map(str.ljust, line, widths)) for line in table)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
-def write_tables(args, unrun):
+def write_tables(args):
     """Make runs.csv and both tables from all files. Returns the text of the tables."""
-    runs, run_rows = read_runs(args.out)
-    methods = [*ALL, *sorted({cell.method for cell in run_rows} - set(ALL))]
-    # sizes, then methods in the order of ALL
-    cells = sorted({*run_rows, *unrun},
-                   key=lambda cell: (cell[1:4], cell.zipf, methods.index(cell.method), cell.L))
+    runs, run_rows, lines = read_runs(args.out)
+    # by size, then by method in the order of ALL, then by L
+    cells = sorted({cell for cell, _ in runs}, key=lambda cell: (
+        cell[1:4], cell.zipf, [*ALL, cell.method].index(cell.method), cell))
     rows = [table_row(cell, runs, args) for cell in cells]
-    run_rows = [row for cell in cells for row in run_rows.get(cell, [])]
+    in_order = sorted(run_rows, key=lambda key: (cells.index(key[0]), *key[1:]))
+    run_rows = [row for key in in_order for row in run_rows[key]]
     files = ("runs.csv", COLUMNS, run_rows), ("samples_vs_depth.csv", TABLE, rows)
-    for name, columns, lines in files:
+    for name, columns, content in files:
         with open(Path(args.out, name), "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(lines)
+            writer.writerows(content)
 
     by_size = itertools.groupby(rows, "v={v} s={s} m={m} zipf={zipf:g}".format_map)
     text = [size_table(size.removesuffix(" zipf=0"), list(group)) for size, group in by_size]
     # the exponent of m, where there are several
     over_m = {}
     for row in rows:
-        if row["P50_stars"]:
-            series = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row)
-            over_m.setdefault(series, {})[math.log(row["m"])] = row["P50_stars"]
-    for series, stars in over_m.items():
-        if exponent := slope(stars, is_factor=False):
+        series = over_m.setdefault("{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row), [])
+        series.extend((math.log(row["m"]), *star) for star in row["P50_stars"])
+    for series, points in over_m.items():
+        if exponent := slope(points, is_factor=False):
             text.append(f"{series}: P* goes with m to the power of {exponent}")
-    legend = ["P*: geometric mean of seeds [lowest, highest]", "growth: least squares ± its error"]
-    last = {row["status"]: row for row in rows}
-    legend += [f"{mark} {status}" for status, mark in MARKS.items() if status in last]
-    text.append(", ".join(legend))
-    if "not run" in last:
-        hint = "--methods {method} --depth {L} runs the last of these"
-        text.append(hint.format(**last["not run"]))
-    text = "\n\n".join(text)
+    text = "\n\n".join([*text, *lines, LEGEND])
     Path(args.out, "samples_vs_depth.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -372,7 +362,7 @@ def start_worker():
 
 def finished(ladders, args, jobs):
     """Climb all ladders, [(cell, seed, rungs)], and yield what climb returns as they end."""
-    if jobs == 1:               # here, so that a debugger works
+    if jobs == 1:                               # here, so that a debugger works
         yield from (climb(args, *ladder) for ladder in ladders)
         return
     spawn = multiprocessing.get_context("spawn")
@@ -380,7 +370,7 @@ def finished(ladders, args, jobs):
         futures = [pool.submit(climb, args, *ladder) for ladder in ladders]
         try:
             yield from (future.result() for future in as_completed(futures))
-        except BaseException:   # Ctrl-C: don't wait for runs that will be done again
+        except KeyboardInterrupt:               # don't wait for runs that will be done again
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -389,7 +379,7 @@ def finished(ladders, args, jobs):
 def sweep(cells, args, jobs, rank, world):
     """Climb for all seeds of {Cell: seeds}. Prints P* of each cell when it is done, and returns how
     many climbs ended in an error."""
-    runs, _ = read_runs(args.out, tqdm.write if rank == 0 else lambda line: None)
+    runs, _, _ = read_runs(args.out)
     ladders = [(cell, seed, runs.get((cell, seed), {})) for cell in cells for seed in cells[cell]]
     # quick learners first, so that they can be read soon; of each the costly climbs first
     order = [*LEARNERS.values()]
@@ -398,7 +388,7 @@ def sweep(cells, args, jobs, rank, world):
     left = {cell: len(seeds) for cell, seeds in cells.items()}  # climbs still to come
     failures = 0                                # climbs that ended in an error
     with tqdm(total=len(ladders), unit="seed", disable=rank > 0) as bar:
-        for cell, seed, lines, failed in finished(ladders, args, jobs):
+        for cell, seed, rungs, lines, failed in finished(ladders, args, jobs):
             name = f"{cell.method} L={cell.L} m={cell.m}"
             bar.set_postfix_str(f"{name} seed {seed}", refresh=False)
             bar.update()
@@ -406,10 +396,10 @@ def sweep(cells, args, jobs, rank, world):
             for line in lines:
                 tqdm.write(f"{name} seed {seed} {line}")
             # a line of the table as soon as all of its seeds are done
+            runs[cell, seed] = rungs
             left[cell] -= 1
-            if left[cell] == 0 and world == 1:
-                row = table_row(cell, read_runs(args.out)[0], args)
-                tqdm.write(f"{name}: P* = {cell_text(row)}")
+            if left[cell] == 0:
+                tqdm.write(f"{name}: P* = {cell_text(table_row(cell, runs, args))}")
     return failures
 
 
@@ -418,18 +408,43 @@ def sweep(cells, args, jobs, rank, world):
 
 def span(text):
     """An argparse type: 4, or 2..6, or 2,4,6 -> a list of whole numbers, each once."""
-    numbers = set()
-    for part in text.split(","):
-        low, _, high = part.partition("..")     # high is "" for a single number
-        numbers.update(range(int(low), int(high or low) + 1))
-    if not numbers or min(numbers) < 0:
+    low, dots, high = text.partition("..")
+    numbers = range(int(low), int(high) + 1) if dots else map(int, text.split(","))
+    if not (numbers := sorted(set(numbers))):
         raise ValueError
-    return sorted(numbers)
+    return numbers
 
 
 def seeds(text):
     """An argparse type: 5 for 0..4, or as span."""
     return span(f"0..{int(text) - 1}" if text.isdigit() else text)
+
+
+def cells_of(args):
+    """{Cell: seeds}, what is to be run. Raises ValueError."""
+    check_range("zipf", args.zipf, 0, 10)
+    check_range("threshold", args.threshold, 1e-9, 1)
+    check_range("jobs", args.jobs or 1, 1, 61)  # Windows waits for no more processes
+    # spaces don't count, and cluster-latent is cluster
+    named = args.methods.replace(" ", "").replace("-latent", "").split(",")
+    methods = [*ALL, *named] if "all" in named else named
+    cells = {}
+    for method, m, L in itertools.product(dict.fromkeys(methods), args.m, args.depth):
+        check_sizes(args.v, args.s, m, L)       # names the flag
+        if method == "all" or method not in named and L not in ALL[method]:
+            continue
+        cell = Cell(method, args.v, args.s, m, L, args.zipf)
+        try:
+            first, last, by_steps = limits(cell, args.max_samples)
+        except ValueError as error:             # this learner can't have that size
+            if method in named:
+                raise ValueError(f"methods: {method}: {error}") from None
+            continue
+        if first > last:                        # or it would be missing in silence
+            flag = "methods" if by_steps else "max-samples"
+            raise ValueError(f"{flag}: {method} at m = {m} starts at {first}, the last is {last}")
+        cells[cell] = args.seeds or range(getattr(read_method(method)[0], "SEEDS", 5))
+    return cells
 
 
 def read_flags():
@@ -452,69 +467,31 @@ def read_flags():
     add("--out", metavar="DIR", default="out", help="folder of results (default out)")
     args = parser.parse_args()
     try:
-        cells, unrun = cells_of(args)
-        runs = Path(args.out, "runs")
+        cells, runs = cells_of(args), Path(args.out, "runs")
         if Path(args.out, "runs.csv").exists() and not runs.exists():
             raise ValueError(f"out: {args.out} has results without their runs; name another folder")
         runs.mkdir(parents=True, exist_ok=True)
-    except ValueError as error:
-        parser.error(f"argument --{error}")
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    return args, cells, unrun
-
-
-def cells_of(args):
-    """({Cell: seeds} to run, the cells that `all` leaves out). Raises ValueError."""
-    check_range("zipf", args.zipf, 0, 10)
-    check_range("threshold", args.threshold, 1e-9, 1)
-    check_range("jobs", args.jobs or 1, 1, 61)  # Windows waits for no more processes
-    # spaces don't count, and cluster-latent is cluster
-    named = args.methods.replace(" ", "").replace("-latent", "").split(",")
-    methods = dict.fromkeys([*ALL, *named] if "all" in named else named)
-    methods.pop("all", None)
-    cells, unrun = {}, []
-    for method, m, L in itertools.product(methods, args.m, args.depth):
-        check_sizes(args.v, args.s, m, L)       # names the flag
-        learner, _, _ = read_method(method)
-        cell = Cell(method, args.v, args.s, m, L, args.zipf)
-        is_left_out = method not in named and L not in ALL[method]
-        try:
-            first, last, by_steps = limits(cell, args.max_samples)
-        except ValueError as error:
-            if method in named:
-                raise ValueError(f"methods: {method}: {error}") from None
-            is_left_out = True                  # this learner can't have that size
-        if is_left_out:
-            unrun.append(cell)                  # a dash in the table
-        elif first > last:                      # or it would be missing in silence
-            flag = "methods" if by_steps else "max-samples"
-            raise ValueError(f"{flag}: {method} at m = {m} starts at {first}, the last is {last}")
-        else:
-            cells[cell] = args.seeds or range(getattr(learner, "SEEDS", 5))
-    return cells, unrun
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --{error}" if isinstance(error, ValueError) else f"--out: {error}")
+    return args, cells
 
 
 def main():
     rank, world, local_rank = ranks()
-    args, cells, unrun = read_flags()
+    args, cells = read_flags()
     torch.set_num_threads(1)                    # as in a worker: results don't depend on --jobs
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = args.jobs or (4 if args.device != "cpu" else cores if world == 1 else 1)
+    on_cpu = 1 if world > 1 else os.cpu_count()
+    jobs = args.jobs or (min(on_cpu, 61) if args.device == "cpu" else 4)
     if world > 1 and args.device == "cuda":     # one GPU a rank, by turns if there are fewer
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
-    try:
-        failures = torch.tensor(sweep(cells, args, min(jobs, 61), rank, world))
-    except (KeyboardInterrupt, BrokenExecutor):     # the latter if a process was killed
-        print(f"\nstopped; the same command continues from the runs in {args.out}", file=sys.stderr)
-        sys.exit(130)
+    failures = torch.tensor(sweep(cells, args, jobs, rank, world))
     if world > 1:               # wait until all ranks are done, and add up
         dist.init_process_group("gloo", timeout=timedelta(days=365))
         dist.all_reduce(failures)
         dist.destroy_process_group()
         if rank > 0:                            # rank 0 writes for all
-            os._exit(int(failures > 0))         # gloo's threads may abort an orderly exit
-    print("\n" + write_tables(args, unrun))
+            os._exit(0)                         # gloo's threads may abort an orderly exit
+    print("\n" + write_tables(args))
     try:
         import plot  # here, since nothing else needs matplotlib
         print(f"\nwrote {plot.samples_vs_depth(Path(args.out, 'samples_vs_depth.csv'))}")

@@ -774,26 +774,26 @@ def flags(**given):
 
 
 def test_p_star_means_and_growth_are_those_by_hand():
-    P, cross = [4, 8, 16, 32], sweep.crossing
-    assert cross(P, [0.2, 0.4, 0.8, 0.9], 0.5) == (pytest.approx(8 * 2**0.25), 0)
-    assert cross(P, [0.2, 0.6, 0.3, 0.9], 0.5) == (16, 1)           # one rung may be luck
-    assert cross(P, [0.6, 0.7, 0.1, 0.1], 0.5) == (4, -1)
-    assert cross(P, [0.1, math.nan, 0.5, 0.9], 0.5) == (16, 0)      # nan: it learned nothing
+    cross = lambda *right: sweep.crossing(dict(zip([4, 8, 16, 32], right)), 0.5)
+    assert cross(0.2, 0.4, 0.8, 0.9) == (pytest.approx(8 * 2**0.25), 0)
+    assert cross(0.2, 0.6, 0.3, 0.9) == (16, 1)             # one rung may be luck
+    assert cross(0.6, 0.7, 0.1, 0.1) == (4, -1) and cross(0.9) == (4, -1) and cross(0.4) == (4, 1)
+    assert cross(0.1, math.nan, 0.5, 0.9) == (16, 0)        # nan: it learned nothing
     assert sweep.estimate([(100, 0), (400, 0)]) == ("200", "100", "400")
     assert sweep.estimate([(100, 0), (400, 1)]) == ("> 200", "", "")
     assert sweep.estimate([(100, -1), (400, 0)]) == ("< 200", "", "")
     assert sweep.estimate([(100, -1), (400, 1)]) == ("?", "", "")
     # P* doubles with every level; of each pair of seeds one is twice, the other half of it
-    points = {L: [(100 * 2.0**L * f, 0) for f in (2, 0.5)] for L in (3, 4, 5)}
+    points = [(L, 100 * 2.0**L * f, 0) for L in (3, 4, 5) for f in (2, 0.5)]
     # six residuals of log 2, four degrees of freedom, sum of squares of L - 4: 4
     error = 2 * math.sqrt(6 / 4 / 4) * math.log(2)
     assert sweep.slope(points, is_factor=True) == f"2.00 ± {error:.2f}"
-    cubes = {math.log(m): [(m**3.0, 0)] * 2 for m in (2, 3, 4)}
+    cubes = [(math.log(m), m**3.0, 0) for m in (2, 3, 4)] * 2
     assert sweep.slope(cubes, is_factor=False) == "3.00 ± 0.00"
-    points[5] = [(400.0, 1)]
+    points[4:] = [(5, 400, 1)]
     assert sweep.slope(points, is_factor=True).startswith(">")
-    points[3] = [(400.0, 1)]
-    assert sweep.slope(points, is_factor=True) == sweep.slope({3: [(9, 0)]}, True) == ""
+    points[:2] = [(3, 400, 1)]
+    assert sweep.slope(points, is_factor=True) == sweep.slope([(3, 9, 0)] * 2, True) == ""
 
 
 def test_a_climb_ends_when_p_star_is_known_or_cannot_be():
@@ -823,18 +823,18 @@ def test_the_table_says_why_p_star_is_a_bound_and_torn_files_do_no_harm(tmp_path
         for i, accuracy in enumerate(ladder):
             P = sweep.limits(cell, 2**20)[0] * 2**i
             sweep.append(args, cell, P, 0, accuracy, 1.0)
-    text = sweep.write_tables(args, [sweep.Cell("data2vec", 8, 2, 3, 5, 0.0)])
+    text = sweep.write_tables(args)
     assert list(table(tmp_path, "status").values()) == [
-        "", "", "limited by steps", "diverged", "not run", "not finished"]
+        "", "", "limited by steps", "diverged", "not finished"]
     assert table(tmp_path)["cluster", 3] == "11"                    # 8 * 2^(1/2)
     assert table(tmp_path, "root_P50")["predictor", 3] == "< 64"
     lines = {line.split(" |")[0].strip(): line for line in text.splitlines()}
     assert ">4096 s" in lines["predictor"] and ">4096 x" in lines["predictor"]
-    assert "1.00, 3..4" in lines["cluster"] and "--methods data2vec --depth 5" in text
+    assert "1.00, 3..4" in lines["cluster"] and "| - " in lines[cell.method]
     # killed while it wrote the last run; and a spreadsheet put a mark before the first column
-    file, (_, rows) = tmp_path / "runs" / sweep.OWN_FILE, sweep.read_runs(args.out)
+    file, (_, rows, _) = tmp_path / "runs" / sweep.OWN_FILE, sweep.read_runs(args.out)
     whole = file.read_bytes()
-    del rows[cell]
+    del rows[cell, 0, P]
     for cut in range(2, len(whole.splitlines()[-1])):
         file.write_bytes(b"\xef\xbb\xbf" + whole[:-cut])
         assert sweep.read_runs(args.out)[1] == rows
