@@ -22,7 +22,6 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,8 +32,8 @@ from tqdm import tqdm
 
 from grammar import (
     FILES, TEST_STRINGS, Grammar, Settings, as_strings, check_range, check_word, checksum,
-    linear_probe, load_network, load_state, open_trace, ranks, read_flags, run, save_network,
-    save_state, setting, step_generator, tuple_codes,
+    linear_probe, load_state, open_trace, ranks, read_flags, run, save_state, setting,
+    step_generator, tuple_codes,
 )
 
 TARGETS = ("latent", "token", "stacked", "several")
@@ -231,11 +230,6 @@ class Data2vec(nn.Module):
         known, fresh = (self.features(h[0])[-1].mean(1) for h in (train, test))     # (P, d)
         root = mlp_probe(known, train[-1][:, 0], self.v)(fresh).cpu()
         return [*right, (root == test[-1][:, 0]).float().mean().item()]
-
-    save = save_network
-
-
-load = partial(load_network, Data2vec, Config)
 
 
 def untrained(v, s, L, target, config, seed):
@@ -477,18 +471,6 @@ def synonym_scores(features, grammar, seed, n=1024):
     return scores
 
 
-def spread(features, x, K):
-    """Does the target collapse? (standard deviation, effective rank) of the latent target of
-    strings x: the root mean square over its d features, and exp(entropy of the covariance's
-    normalised eigenvalues), from 1 to d."""
-    maps = features(x)[-K:]
-    target = sum(pool(h, x.shape[1]) for h in maps) / len(maps)         # (P, T, d)
-    covariance = torch.cov(target.flatten(0, 1).cpu().double().T)       # (d, d)
-    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=1e-30)    # (d,)
-    entropy = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
-    return eigenvalues.mean().sqrt().item(), entropy.exp().item()
-
-
 def recover(grammar, P, seed, target="latent", device="cpu", **settings):
     """One run of a sweep: the accuracies of levels 1..L, learned from P strings. Online each of
     them is seen once: there are P / batch steps."""
@@ -528,7 +510,7 @@ def main():
     print(f"target {args.target}, {config.encoder} encoder; by level, the best of its maps:")
     print("unseen: accuracy on tuples the probe never saw; synonyms: the synonym score\n")
     measures = [f"{kind} {l}" for kind in ("unseen", "synonyms") for l in range(1, L)]
-    columns = ["step", "loss", "target std", "rank", *measures]
+    columns = ["step", "loss", *measures]
     print("".join(f"{name:>12}" for name in columns))
     trace = open_trace(args.trace, [*columns, "v", "m", "P"])
     # step 1 shows what a nearly untrained encoder gets
@@ -536,10 +518,9 @@ def main():
 
     def callback(step, teacher, loss):
         if step in measured and rank == 0:
-            few, features = grammar.sample(PIECE, (seed, 1))[0], teacher.features
-            unseen = unseen_synonyms(features, grammar, seed, PIECE, PIECE)
-            synonyms = synonym_scores(features, grammar, seed, PIECE)
-            row = [loss.item(), *spread(features, few, teacher.K), *unseen, *synonyms]
+            unseen = unseen_synonyms(teacher.features, grammar, seed, PIECE, PIECE)
+            synonyms = synonym_scores(teacher.features, grammar, seed, PIECE)
+            row = [loss.item(), *unseen, *synonyms]
             seen = step * config.batch if config.online else P
             print(step, *row, v, m, seen, sep=",", file=trace, flush=True)
             tqdm.write(f"{step:12}" + "".join(f"{number:12.3f}" for number in row))
@@ -558,8 +539,6 @@ def main():
     if args.target == "token":
         text = "\nloss per hidden token {:.3f}, exact Bayes limit {:.3f}, unigram {:.3f}"
         print(text.format(*token_losses(model, grammar, seed)))
-    if args.save:
-        model.save(args.save)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ RIDGE = 1e-3            # penalty of the linear probe, for features of size abou
 SAVE_EVERY = 60         # seconds, at least, between two writes of a training's state
 FILES = {               # that the networks' scripts write
     "trace": "append what is measured during training to this CSV file",
-    "save": "write the trained network, for load",
-    "resume": "go on from this file, and write the state of training to it",
+    "resume": "go on from this file, and write the state of training to it: student, teacher, ...",
 }
 
 
@@ -172,23 +171,19 @@ class Grammar:
         rng, s, m, P = generator("swap", seed), self.s, self.m, len(levels[0])
         rules = [rule.numpy().reshape(-1, s) for rule in self.rules]   # (v m, s)
         swapped = [level.cpu().numpy().copy() for level in levels]
+        each, node = np.arange(P), rng.integers(s ** (self.L - l), size=P)
+        there = swapped[l - 1].reshape(P, -1, s)[each, node]           # (P, s)
 
-        # the tuple that stands there now, as a number below v m
-        node = rng.integers(s ** (self.L - l), size=P)      # (P,)
-        each = np.arange(P)
-        there = swapped[l - 1].reshape(P, -1, s)[each, node]
-        old = (there[:, None] == rules[l - 1]).all(2).argmax(1)
+        # draw a tuple, by its number below v m, until it is another one
+        parent, rule, same = swapped[l][each, node].astype(np.int64), each.copy(), each
+        while same.size:
+            if kind == "generic":
+                parent[same] = rng.integers(self.v, size=same.size)
+            rule[same] = parent[same] * m + self.pick(rng, same.size)
+            same = same[(rules[l - 1][rule[same]] == there[same]).all(1)]
+        swapped[l][each, node] = parent
 
-        # another one in its place: of the m with the same parent, or of all v m
-        p = self.p.numpy()
-        if kind == "synonym":
-            new = old // m * m + draw_other(rng, p, old % m)
-        else:
-            new = draw_other(rng, np.tile(p / self.v, self.v), old)
-        swapped[l][each, node] = new // m                   # its parent
-
-        # and all below it, drawn afresh
-        rule = new                                          # of the nodes on level k+1
+        # and all below it, drawn afresh; rule: of the nodes on level k+1
         for k in reversed(range(l)):
             h = rules[k][rule].reshape(P, -1)               # (P, s^(l-k))
             swapped[k].reshape(P, -1, s ** (l - k))[each, node] = h
@@ -255,30 +250,28 @@ class Grammar:
         """How far apart parents' contexts are: {target: list}, entry l the root mean square
         distance for level-l tuples, over all pairs of parents, all positions and all targets that
         cluster.py counts (for joint: the parent of a cousin tuple)."""
-        v, s, L = self.v, self.s, self.L
-        W = [self.transition(l) for l in range(L)]          # (s, v, v) each
-        I = torch.eye(v, dtype=torch.float64)
+        s, L = self.s, self.L
         found = {"latent": [], "token": [], "root": [], "joint": []}
-
-        # from the root down: the distribution of symbols, averaged over the nodes of a level,
-        # and for target root P(root, symbol), which differs between nodes
-        mean = {L: I.mean(0)}                               # (v,) each
-        with_root = I[None] / v                             # (n, v, v)
-        for l in reversed(range(1, L)):
-            mean[l] = mean[l + 1] @ W[l].mean(0)
-            with_root = (with_root[:, None] @ W[l]).flatten(0, 1)
-            found["root"].insert(0, distance_of_contexts(with_root.mT, I))
-
-        # from the leaves up: a context is q D, q the distribution of the cousin's parent and D
-        # the transition from it to one target; distances only need the mean of D D^T
-        tokens = I
-        for l in range(L - 1):
-            latent = (W[l] @ W[l].mT).mean(0)
-            tokens = (W[l] @ tokens @ W[l].mT).mean(0)
-            places = itertools.permutations(range(s), 2)
-            pairs = [self.siblings(l + 2, i, j, mean[l + 2]) for i, j in places]
-            for target, inner in ("latent", latent), ("token", tokens), ("joint", I):
-                found[target].append(distance_of_contexts(torch.stack(pairs), inner))
+        for l, (target, distances) in itertools.product(range(L - 1), found.items()):
+            level = {"latent": l, "token": 0, "root": L, "joint": l + 1}[target]
+            size = s ** max(0, l + 1 - level)               # how many targets a cousin has
+            tables = {}                                     # P(parent, target), place by place
+            for t in range(s ** (L - l - 1)):
+                start = t // s * s * size
+                nodes = [n for n in range(start, start + s * size) if n // size != t]
+                # all families count together; the root has one table for each t
+                places = [(t % s, e) for e in range(len(nodes))]
+                if target == "root":
+                    nodes, places = [0], [t]
+                for n, place in zip(nodes, places):
+                    joint = self.marginal(l + 1, t)[:, None] * self.context(l, t, level, n)
+                    tables[place] = tables.get(place, 0) + joint
+            tables = torch.stack([*tables.values()])        # (places, v, v)
+            times, mean = tables.sum(2, keepdim=True), tables.mean(1, keepdim=True)
+            # a parent that never stands there gets the mean
+            phi = torch.where(times > 0, tables / times, mean / mean.sum(2, keepdim=True))
+            pairs = torch.pdist(phi.permute(1, 0, 2).flatten(1))
+            distances.append((pairs.square().mean() / len(phi)).sqrt().item())
         return found
 
     # ---- exact inference ---------------------------------------------------------------
@@ -339,27 +332,6 @@ def check_range(name, number, low, high):
 def check_word(name, word, allowed):
     if word not in allowed:
         raise ValueError(f"{name}: must be {' or '.join(allowed)}, not {word}")
-
-
-def distance_of_contexts(joint, inner):
-    """Root mean square distance of contexts: joint (n, v, v) holds P(parent, symbol) at n places,
-    inner (v, v) the scalar product of two rows."""
-    v, share = joint.shape[1], joint.sum(2, keepdim=True)   # (n, v, 1)
-    mean = joint.sum(1, keepdim=True) / share.sum(1, keepdim=True)
-    # a parent that is never seen at a place gets the mean context there, as in cluster.py
-    q = torch.where(share > 0, joint / share.clamp(min=1e-300), mean)
-    # over all pairs, |q_a - q_b|^2 is on average 2 v/(v-1) times |q_a - their mean|^2
-    away = q - q.mean(1, keepdim=True)
-    squares = (away @ inner * away).sum(2).mean().clamp(min=0)
-    return math.sqrt(2 * v / (v - 1) * squares.item())
-
-
-def draw_other(rng, weight, old):
-    """For every entry of old draw an index with probabilities weight, until it is another one."""
-    new = old.copy()
-    while (same := np.flatnonzero(new == old)).size:
-        new[same] = rng.choice(len(weight), len(same), p=weight)
-    return new
 
 
 def generator(stream, seed):
@@ -559,15 +531,8 @@ def read_flags(doc, samples, targets, Config, files=()):
         grammar = Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
         config = Config.of(**settings).sized(args.v, args.s, args.m, args.depth)
         check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
-        given = [flag for flag in files if getattr(args, flag)]
-        if len({os.path.realpath(getattr(args, flag)) for flag in given}) < len(given):
-            raise ValueError(f"{given[-1]}: must be a file of its own")     # none is overwritten
-        for flag in files:
-            path = getattr(args, flag) or os.devnull
-            with open(path, "a+b") as file:                 # fails now, not after the work
-                file.seek(0)
-                if flag != "trace" and file.read(2) not in (b"", b"PK"):
-                    raise ValueError(f"{flag}: {path} is there, and none of our files")
+        for flag in files:                                  # fails now, not after the work
+            open(getattr(args, flag) or os.devnull, "ab").close()
     except ValueError as error:
         name, _, reason = str(error).partition(":")
         parser.error(f"argument --{name.replace('_', '-')}:{reason}")
@@ -620,30 +585,10 @@ def checksum(x):
     return zlib.crc32(data.cpu().contiguous().numpy())
 
 
-def save_network(network, file):
-    """Write the sizes, settings and weights of a network, for load_network."""
-    sizes = {name: getattr(network, name) for name in ("v", "s", "L", "target")}
-    torch.save({**sizes, "config": vars(network.config), "weights": network.state_dict()}, file)
-
-
-def load_network(Network, Config, file):
-    """A network that save_network wrote, on the CPU. Raises ValueError for any other file."""
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        config, weights = Config(**saved.pop("config")), saved.pop("weights")
-        network = Network(config=config, **saved).eval()
-        network.load_state_dict(weights)
-    except Exception as error:  # a foreign file can raise anything
-        raise ValueError(f"file: {file} holds no {Network.__name__}: {error}") from error
-    if not all(w.isfinite().all() for w in weights.values()):
-        raise ValueError(f"file: {file} has weights that are not finite")
-    return network
-
-
 def open_trace(path, columns):
     """A CSV file to append rows to; path None drops them. After a resume some rows come twice.
     Raises WrongFile, naming trace, if the file has other columns."""
-    file, header = open(path or os.devnull, "a+"), ",".join(columns) + "\n"
+    file, header = open(path or os.devnull, "a+", errors="replace"), ",".join(columns) + "\n"
     file.seek(0)
     there = file.readline()
     if there not in ("", header):
@@ -654,12 +599,10 @@ def open_trace(path, columns):
 
 
 def ranks():
-    """(rank, world size, local rank) as torchrun sets them, [0, 1, 0] without it."""
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    given = [name in os.environ for name in (*alone, "MASTER_ADDR")]
-    if any(given[:3]) and not all(given):
-        sys.exit("RANK, WORLD_SIZE, LOCAL_RANK: all are set, as by torchrun, or none")
-    return [int(os.environ.get(name, number)) for name, number in alone.items()]
+    """(rank, world size, local rank) as torchrun sets them, (0, 1, 0) without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:             # Slurm and others set RANK, too
+        return 0, 1, 0
+    return [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
 
 
 def run(main):

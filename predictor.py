@@ -21,7 +21,6 @@ import copy
 import math
 import operator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,7 @@ from tqdm import trange
 
 from grammar import (
     FILES, TEST_STRINGS, Settings, accuracy, as_strings, check_range, check_word, checksum, cousins,
-    linear_probe, load_network, load_state, open_trace, read_flags, run, save_network, save_state,
-    setting, step_generator,
+    linear_probe, load_state, open_trace, read_flags, run, save_state, setting, step_generator,
 )
 
 TARGETS = ("latent", "token", "joint")
@@ -179,11 +177,6 @@ class Predictor(nn.Module):
             final.append(code.reshape(len(code), nodes, -1))
         read = linear_probe(final[0].flatten(0, 1), train[level].flatten(), self.v)
         return (read(final[1]).argmax(-1) == test[level]).float().mean().item()
-
-    save = save_network
-
-
-load = partial(load_network, Predictor, Config)
 
 
 def targets_of(target, codes, l, s, elements):
@@ -408,8 +401,6 @@ def main():
         print(f"{l:5}   {right:8.3f}{len(labels[l].unique()):19}")
     for l, right in (L, root), (L - 1, model.probe(grammar, args.seed, L - 1)):
         print(f"{l:5}   {right:8.3f}   by a linear probe of the code")
-    if args.save:
-        model.save(args.save)
 
 
 if __name__ == "__main__":

@@ -263,11 +263,8 @@ def table_row(cell, runs, args):
         row[name + "_stars"] = stars = [crossing(rungs, args.threshold) for rungs in read if rungs]
         if stars:
             row[name], row[name + "_lo"], row[name + "_hi"] = estimate(stars)
-    signs = [sign for _, sign in row["P50_stars"]]
-    row["censored"] = sum(sign != 0 for sign in signs)
-    if not row["censored"]:                     # against the paper's v m^3
-        row["P50_over_vm3"] = f"{float(row['P50']) / (cell.v * cell.m**3):.4g}"
     # why P* is only a bound
+    signs = [sign for _, sign in row["P50_stars"]]
     if any(math.isnan(right[0]) for rungs in ladders for right in rungs.values()):
         row["status"] = "diverged"
     elif 1 in signs and any(next_P(cell, rungs, args) for rungs in ladders):
@@ -278,8 +275,8 @@ def table_row(cell, runs, args):
     return row
 
 
-TABLE = ("method,v,s,m,L,zipf,P50,P50_lo,P50_hi,P50_over_vm3,root_P50,root_P50_lo,root_P50_hi,"
-         "seeds,censored,status").split(",")
+TABLE = ("method,v,s,m,L,zipf,P50,P50_lo,P50_hi,root_P50,root_P50_lo,root_P50_hi,"
+         "seeds,status").split(",")
 MARKS = {"limited by steps": " s", "not finished": " ..", "diverged": " x"}
 LEGEND = """P*: geometric mean of seeds [lowest, highest]; growth: least squares ± its error
 s limited by steps, .. not finished, x diverged, - not run: --methods NAME --depth L runs it"""
