@@ -40,8 +40,9 @@ STARTS = 16                 # of k-means for target joint
 @dataclass
 class Config(Settings):
     positions: str = setting(
-        "all", "all: every tuple position, with all targets; cousins: one position, with all; "
-        "element: one position, with one target", "cousins", ("all", "cousins", "element"))
+        "all", "which tuples count: all, at every position, with all elements of their cousins; "
+        "cousins: at one position, with all; element: at one position, with one element",
+        "cousins", ("all", "cousins", "element"))
     restarts: int = setting(64, "starts of k-means; the best is kept", None, (1, 4096))
 
 
@@ -101,6 +102,7 @@ def cooccurrences(h, x, root, tuples, target):
         return ids.T[:, None], root.expand(ids.shape[1], 1, -1)
     below = {"latent": h, "token": x, "joint": ids}[target]
     ids = ids.reshape(-1, s)                                # (q, s)
+    # e targets under each tuple, E = (s-1) e beside it
     below = below.reshape(len(ids), s, -1).permute(1, 2, 0).contiguous()    # (s, e, q)
     targets = below[cousins(s, h.device)].flatten(1, 2)     # (s, (s-1) e, q)
     return ids.T[:, None], targets
@@ -272,7 +274,7 @@ def fit(x, v, s, target="latent", seed=0, root=None, **settings):
     for l in range(L - 1):
         tuples = Tuples(h, v, s)
         tables = count(h, x, root, tuples, target, config.positions)
-        if target == "joint":
+        if target == "joint":                   # here rows and columns are the same tuples
             labels = cluster_pairs(tables, v, rng)
         else:
             labels = kmeans(contexts(tables), v, rng, config.restarts)
@@ -297,10 +299,9 @@ def main():
 
     print(f"{P} strings of {s**L} tokens, v={v} s={s} m={m} L={L}; v m^3 = {v * m**3}")
     print(f"target {args.target}\n")
-    print(f"level   tuples seen   accuracy on {TEST_STRINGS} fresh strings")
+    print(f"level   tuples seen   rules   accuracy on {TEST_STRINGS} fresh strings")
     for l, right in enumerate(tree.score(grammar, args.seed), 1):
-        seen = f"{tree.tuples[l - 1].K} of {v * m}"
-        print(f"{l:5}   {seen:>11}   {right:8.3f}")
+        print(f"{l:5}   {tree.tuples[l - 1].K:11}   {v * m:5}   {right:8.3f}")
     print("\nlevel 1 as learned: the tuples in one line are one symbol")
     for a in range(min(v, 8)):
         codes = tree.tuples[0].codes[tree.symbols[0] == a].cpu().numpy()

@@ -257,13 +257,13 @@ class Grammar:
             size = s ** max(0, l + 1 - level)               # how many targets a cousin has
             tables = {}                                     # P(parent, target), place by place
             for t in range(s ** (L - l - 1)):
-                start = t // s * s * size
-                nodes = [n for n in range(start, start + s * size) if n // size != t]
-                # all families count together; the root has one table for each t
-                places = [(t % s, e) for e in range(len(nodes))]
+                family = t // s * s * size                  # its first target
+                nodes = [n for n in range(family, family + s * size) if n // size != t]
                 if target == "root":
-                    nodes, places = [0], [t]
-                for n, place in zip(nodes, places):
+                    nodes = [0]
+                for e, n in enumerate(nodes):
+                    # all families count in one table, but the root has one for each t
+                    place = (t if target == "root" else t % s, e)
                     joint = self.marginal(l + 1, t)[:, None] * self.context(l, t, level, n)
                     tables[place] = tables.get(place, 0) + joint
             tables = torch.stack([*tables.values()])        # (places, v, v)
@@ -626,7 +626,7 @@ def show(grammar, levels):
     for l in reversed(range(grammar.L)):
         for a, rules in enumerate(grammar.rules[l].tolist()):
             tuples = " | ".join(" ".join(map(str, rule)) for rule in rules)
-            print(f"level {l + 1} -> {l}   {a:3} -> {tuples}")
+            print(f"level {l + 1}: {a:3} -> {tuples}")
         print()
     cell = 1 + len(str(grammar.v - 1))                      # columns for a token
     for l, h in reversed(list(enumerate(levels))):

@@ -395,8 +395,9 @@ def sweep(cells, args, jobs, rank, world):
             # a line of the table as soon as all of its seeds are done
             runs[cell, seed] = rungs
             left[cell] -= 1
-            if left[cell] == 0:
-                tqdm.write(f"{name}: P* = {cell_text(table_row(cell, runs, args))}")
+            row = table_row(cell, runs, args)
+            if left[cell] == 0 and row["P50_stars"]:        # none if every seed failed
+                tqdm.write(f"{name}: P* = {cell_text(row)}")
     return failures
 
 

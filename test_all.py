@@ -34,6 +34,7 @@ from grammar import Grammar, accuracy, tuple_codes
 HERE = os.path.dirname(os.path.abspath(__file__))
 G = Grammar.random(4, 2, 2, 3, seed=0)
 STRINGS = G.sample(10)[0]
+TARGETS = ("latent", "token", "root", "joint")              # of cluster.py, and none of a fork
 TINY = {"width": 16, "hidden": 24, "steps": 3, "batch": 8, "warmup": 1}
 DROPOUT = TINY | {"encoder": "transformer", "dropout": 0.1}
 QUICK = {cluster: {}, predictor: {"steps": 3}, data2vec: DROPOUT}
@@ -88,8 +89,8 @@ def call(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def fork(tmp_path):
     """A copy of the scripts in an empty folder, and fork("sweep.py --depth 3"), which runs one."""
-    for name in "grammar cluster predictor data2vec sweep plot".split():
-        shutil.copy(f"{HERE}/{name}.py", tmp_path)
+    for path in Path(HERE).glob("*.py"):
+        shutil.copy(path, tmp_path)
 
     def run(command, launch=subprocess.run):
         return launch([sys.executable, *command.split()], cwd=tmp_path, stdout=subprocess.PIPE,
@@ -169,7 +170,7 @@ def test_contexts_and_posteriors_equal_enumeration(size):
 def test_contrast_is_the_spread_of_the_contexts_that_cluster_counts():
     g = Grammar.random(3, 2, 2, 3, 1)
     levels, _ = every_string(g)                             # which are equally likely
-    for target, l in product(cluster.TARGETS, (0, 1)):
+    for target, l in product(TARGETS, (0, 1)):
         tuples = cluster.Tuples(levels[l], 3, 2)
         tables = cluster.count(levels[l], levels[0], levels[3][:, 0], tuples, target, "all")
         ids = tuples.ids(g.rules[l].flatten(1))             # (v, m)
@@ -253,7 +254,7 @@ def test_settings_are_defaults_then_preset_then_given_as_flags_or_in_python(monk
 # ---- cluster.py ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", cluster.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_count_equals_a_loop(target, monkeypatch):
     monkeypatch.setattr(cluster, "CHUNK_TOKENS", 64)        # several chunks
     x, h, _, root = Grammar.random(3, 3, 4, 3).sample(30)
@@ -271,10 +272,10 @@ def test_count_equals_a_loop(target, monkeypatch):
 
 def test_every_target_recovers_every_level_and_token_needs_most_strings(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svd", svd := Mock(wraps=torch.linalg.svd))
-    for target, (v, s, m) in product(cluster.TARGETS, [(8, 2, 3), (8, 2, 4), (4, 3, 4)]):
+    for target, (v, s, m) in product(TARGETS, [(8, 2, 3), (8, 2, 4), (4, 3, 4)]):
         assert cluster.recover(Grammar.random(v, s, m, 3, m), 60000, m, target) == [1, 1]
     g = Grammar.random(8, 2, 4, 4, 1)
-    latent, token, _, joint = (cluster.recover(g, 4096, 1, t)[-1] for t in cluster.TARGETS)
+    latent, token, _, joint = (cluster.recover(g, 4096, 1, t)[-1] for t in TARGETS)
     assert min(latent, joint) > 0.99 and token < 0.75
     # here the svd in float32 did not converge on some machines
     assert cluster.recover(Grammar.random(8, 3, 16, 5, 4), 256, 4, "joint")[:2] == [1, 1]
@@ -879,7 +880,7 @@ def test_the_target_and_the_learner_of_the_readme(fork, tmp_path):
     # a learner of one's own gets its settings typed; one that fails keeps its traceback
     (mine,) = [block for block in blocks("python") if "def recover" in block]
     (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
-    edit(tmp_path / "mine.py", "    x = ", """    assert type(settings["smooth"]) is float
+    edit(tmp_path / "mine.py", "    x = ", """    assert type(smooth) is float
     if seed == 1:
         raise ValueError("a bug of mine")
     x = """)
