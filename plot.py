@@ -23,7 +23,7 @@ from matplotlib.figure import Figure                # not pyplot, which may look
 
 NAMES = {"latent": "own latents", "token": "tokens", "root": "root label", "joint": "joint"}
 COLOURS = {"latent": "#005a9c", "token": "#d55e00", "root": "#000000", "joint": "#3fae8a"}
-MARKERS = "os^Dv*PX<"                               # which tell settings apart, and in grey
+MARKERS = "os^Dv*PX<>phd8"                              # which tell settings apart, and in grey
 # the law of P* for each target: how it is written, and its power of m at depth L
 LAWS = {"latent": ("$v\\,m^3$", lambda L: 3), "joint": ("$v\\,m^2$", lambda L: 2),
         "token": ("$v\\,m^{L+1}$", lambda L: L + 1), "root": ("$v\\,m^L$", lambda L: L)}
@@ -163,7 +163,7 @@ def draw_panels(rows, title, quantity, unit=lambda row: 1):
     tables = sorted(group(rows, "v", "s", other, "zipf", "learner").items(), key=lambda t: t[0][:4])
     panels = [(key, table, "") for key, table in tables]    # level L-1 first
     panels += [(key, table, "root_") for key, table in tables
-               if key[-1] != "cluster" and any(row["root_P50"][0] for row in table)]
+               if key[-1] != "cluster" and any(row["root_P50"][0] == "=" for row in table)]
     learners, ticks = len(group(rows, "learner")), sorted({row[x] for row in rows})
     title += "\nbars: lowest and highest seed; open markers: bounds; dashed: laws of theory"
     figure, axes = new_figure(title, len(panels), learners if learners > 1 else 4)

@@ -40,6 +40,7 @@ PIECE = 256                         # strings encoded at a time
 
 @dataclass
 class Config(Settings):
+    # how it is trained
     steps: int = setting(800, "training steps, at most (the paper has epochs)", 10**6, (1, 10**9))
     epochs: int = setting(200, "passes over the P strings, at most", 30, (1, 10**9))
     batch: int = setting(0, "strings a step; 0: 8 v, as 1 in v pairs are synonyms", 32, (0, 10**6))
@@ -47,12 +48,14 @@ class Config(Settings):
     schedule: str = setting(
         "linear", "of lr: linear falls to 0, or constant", "constant", ("linear", "constant"))
     weight_decay: float = setting(1e-3, "of AdamW", 1e-3, (0, 1e38))
+    # the modules
     hidden: int = setting(64, "width of the hidden layers", 150, (1, 10**5))
     codes: int = setting(0, "d_h, clusters of a module, v or more; 0: 5 v / 4", 128, (0, 4096))
     ema_decay: float = setting(0.985, "of the teacher; 0: no teacher", 0.985, (0, 1))
     detach: str = setting(
         "none", "layers: no gradient between modules; layers+clusterer: nor from clusterer to "
         "predictor", "none", ("none", "layers", "layers+clusterer"))
+    # the losses
     elements: str = setting(
         "all", "of which cousins, and from which positions: all, or one", "all", ("all", "one"))
     positives: str = setting(

@@ -125,7 +125,7 @@ def next_P(cell, rungs, args):
     """The P that a seed's climb needs next, None at its end. rungs: {P: accuracies}."""
     P, last, _ = limits(cell, args.max_samples)
     level = -1 if args.until == "root" else cell.L - 2      # the root is last, where it is read
-    above = []
+    above = []                                  # of all rungs so far
     while P in rungs:
         above.append(rungs[P][level] >= args.threshold)     # nan is not
         P *= 2
@@ -141,6 +141,7 @@ def climb(args, cell, seed, rungs):
     while P := next_P(cell, rungs, args):   # P, 2 P, 4 P, ... until P* is known
         start = time.perf_counter()
         try:
+            # the only call of a learner
             g = Grammar.random(*cell[1:5], seed, cell.zipf)
             rungs[P] = learner.recover(g, P, seed, target=target, device=args.device, **settings)
             if len(rungs[P]) not in (cell.L - 1, cell.L):
@@ -235,10 +236,10 @@ def estimate(stars):
 
 def slope(points, is_factor):
     """Least squares of log P* against x, with its standard error: a text, "" if there is none.
-    points: [(x, P*, sign)], one for every seed; is_factor: exp(slope), the growth of P* per x."""
+    points: [(x, P*, sign)]; is_factor: exp(slope), the growth of P* per x."""
     if len({x for x, _, _ in points}) < 2:
         return ""
-    x, P, signs = np.array(points).T
+    x, P, signs = np.array(points).T            # one entry for every seed
     x, log = x - x.mean(), np.log(P) - np.log(P).mean()
     value = x @ log / (x @ x)
     error = np.linalg.norm(log - value * x) / math.sqrt(x @ x * max(len(x) - 2, 1))
@@ -363,7 +364,7 @@ def finished(ladders, args, jobs):
         yield from (climb(args, *ladder) for ladder in ladders)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, start_worker) as pool:
+    with ProcessPoolExecutor(jobs, spawn, start_worker) as pool:     # a Pool hangs if one is killed
         futures = [pool.submit(climb, args, *ladder) for ladder in ladders]
         try:
             yield from (future.result() for future in as_completed(futures))
@@ -381,7 +382,7 @@ def sweep(cells, args, jobs, rank, world):
     # quick learners first, so that they can be read soon; of each the costly climbs first
     order = [*LEARNERS.values()]
     ladders.sort(key=lambda ladder: (order.index(read_method(ladder[0].method)[0]), -ladder[0].L))
-    ladders = ladders[rank::world]
+    ladders = ladders[rank::world]              # of torchrun
     left = {cell: len(seeds) for cell, seeds in cells.items()}  # climbs still to come
     failures = 0                                # climbs that ended in an error
     with tqdm(total=len(ladders), unit="seed", disable=rank > 0) as bar:

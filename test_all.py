@@ -167,15 +167,16 @@ def test_contexts_and_posteriors_equal_enumeration(size):
         assert torch.allclose(found, share / weight.sum(1)[:, None, None]) and found.min() >= 0
 
 
-def test_contrast_is_the_spread_of_the_contexts_that_cluster_counts():
-    g = Grammar.random(3, 2, 2, 3, 1)
+@pytest.mark.parametrize("v, s, m, L", [(3, 2, 2, 3), (2, 3, 3, 2)])
+def test_contrast_is_the_spread_of_the_contexts_that_cluster_counts(v, s, m, L):
+    g = Grammar.random(v, s, m, L, 1)
     levels, _ = every_string(g)                             # which are equally likely
-    for target, l in product(TARGETS, (0, 1)):
-        tuples = cluster.Tuples(levels[l], 3, 2)
-        tables = cluster.count(levels[l], levels[0], levels[3][:, 0], tuples, target, "all")
+    for target, l in product(TARGETS, range(L - 1)):
+        tuples = cluster.Tuples(levels[l], v, s)
+        tables = cluster.count(levels[l], levels[0], levels[L][:, 0], tuples, target, "all")
         ids = tuples.ids(g.rules[l].flatten(1))             # (v, m)
         if target == "joint":                               # of the parents of cousins
-            tables = tables @ F.one_hot(ids.flatten().argsort() // 2)
+            tables = tables @ F.one_hot(ids.flatten().argsort() // m)
         phi = cluster.contexts(tables)[ids[:, 0]]           # a tuple of every parent
         rms = (torch.pdist(phi).square().mean() / len(tables)).sqrt().item()
         assert g.contrast()[target][l] == pytest.approx(rms, rel=1e-4)
@@ -761,6 +762,8 @@ def test_p_star_means_and_growth_are_those_by_hand():
     cross = lambda *right: sweep.crossing(dict(zip([4, 8, 16, 32], right)), 0.5)
     assert cross(0.2, 0.4, 0.8, 0.9) == (pytest.approx(8 * 2**0.25), 0)
     assert cross(0.2, 0.6, 0.3, 0.9) == (16, 1)             # one rung may be luck
+    assert cross(0.6, 0.2, 0.8, 0.9) == (pytest.approx(8 * 2**0.5), 0)
+    assert sweep.crossing({8: 0.9, 16: 0.8, 4: 0.1}, 0.5) == (pytest.approx(4 * 2**0.5), 0)
     assert cross(0.6, 0.7, 0.1, 0.1) == (4, -1) and cross(0.9) == (4, -1) and cross(0.4) == (4, 1)
     assert cross(0.1, math.nan, 0.5, 0.9) == (16, 0)        # nan: it learned nothing
     assert sweep.estimate([(100, 0), (400, 0)]) == ("200", "100", "400")
@@ -781,13 +784,14 @@ def test_p_star_means_and_growth_are_those_by_hand():
 
 
 def test_a_climb_ends_when_p_star_is_known_or_cannot_be():
-    cell, low, high = sweep.Cell("predictor", 8, 2, 3, 3, 0.0), [0.9, 0.4, 0.2], [0.9, 0.6, 0.2]
+    cell, low, high = sweep.Cell("predictor", 8, 2, 3, 3, 0.0), [0.9, 0.4, 0.2], [0.9, 0.5, 0.2]
     assert sweep.next_P(cell, {}, flags()) == 64                    # v m^2 = 72, rounded down
     assert sweep.next_P(cell, {64: low, 128: high}, flags()) == 256
     known = {64: low, 128: high, 256: high}
     assert sweep.next_P(cell, known, flags()) is None
     assert sweep.next_P(cell, known, flags(until="root")) == 512
     assert sweep.next_P(cell, known, flags(threshold=0.7)) == 512
+    assert sweep.next_P(cell, {64: low}, flags(max_samples=128)) == 128
     assert sweep.next_P(cell, {64: low, 128: low}, flags(max_samples=128)) is None
     # 800 steps of 64 strings see 6400 strings eight times
     assert sweep.next_P(cell, {64 * 2**i: low for i in range(7)}, flags()) is None
@@ -797,6 +801,7 @@ def test_the_table_says_why_p_star_is_a_bound_and_torn_files_do_no_harm(tmp_path
     (tmp_path / "runs").mkdir()
     args = flags(out=str(tmp_path))
     made = {  # method, L: accuracies of all levels from the first rung on
+        ("cluster", 2): [[a] for a in (0.1, 0.1, 0.1, 0.7, 0.9)],
         ("cluster", 3): [[0.5, a] for a in (0.1, 0.3, 0.7, 0.9)],
         ("cluster", 4): [[0.5, 0.5, a] for a in (0.1, 0.3, 0.7, 0.9)],
         ("predictor", 3): [[0.5, 0.1, 0.6]] * 7, ("predictor", 4): [[math.nan] * 3] * 7,
@@ -809,7 +814,7 @@ def test_the_table_says_why_p_star_is_a_bound_and_torn_files_do_no_harm(tmp_path
             sweep.append(args, cell, P, 0, accuracy, 1.0)
     text = sweep.write_tables(args)
     assert list(table(tmp_path, "status").values()) == [
-        "", "", "limited by steps", "diverged", "not finished"]
+        "", "", "", "limited by steps", "diverged", "not finished"]
     assert table(tmp_path)["cluster", 3] == "11"                    # 8 * 2^(1/2)
     assert table(tmp_path, "root_P50")["predictor", 3] == "< 64"
     lines = {line.split(" |")[0].strip(): line for line in text.splitlines()}
@@ -824,6 +829,30 @@ def test_the_table_says_why_p_star_is_a_bound_and_torn_files_do_no_harm(tmp_path
         assert sweep.read_runs(args.out)[1] == rows
 
 
+def test_what_is_run_for_which_seeds_and_with_which_grammar(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def ask(flags):
+        monkeypatch.setattr(sys, "argv", ["sweep", *flags.split()])
+        args, cells = sweep.read_flags()
+        return args, {(cell.method, cell.L): [*seeds] for cell, seeds in cells.items()}
+
+    _, cells = ask("--methods all,data2vec,cluster-latent --depth 2..6 --max-samples 8192")
+    assert {L for method, L in cells if method == "predictor"} == {2, 3, 4} and len(cells) == 32
+    assert cells["data2vec", 6] == [0, 1, 2] and cells["cluster", 6] == [0, 1, 2, 3, 4]
+    assert ask("--methods cluster --seeds 2 --depth 3")[1] == {("cluster", 3): [0, 1]}
+    args, cells = ask("--methods cluster --seeds 7..8 --depth 3")
+    assert cells == {("cluster", 3): [7, 8]}
+    # a run has the cell's grammar, and is found again; what diverged is nan
+    cell = sweep.Cell("cluster", 8, 2, 3, 3, 1.5)
+    recover = Mock(side_effect=[[0.0, 0.75], FloatingPointError, [1.0, 0.5], [1.0, 0.5]])
+    monkeypatch.setattr(cluster, "recover", recover)
+    *_, rungs, lines, failed = sweep.climb(args, cell, 7, {})
+    assert recover.call_args.args[0].zipf == 1.5 and not failed and lines == ["P=8: "]
+    (again,) = sweep.read_runs("out")[0].items()
+    assert again[0] == (cell, 7) and str(again[1]) == str(rungs) and len(rungs) == 4
+
+
 SMALL = "sweep.py --depth 2,3 --methods cluster,cluster-root --seeds 2 --max-samples 512"
 
 
@@ -832,6 +861,7 @@ def test_edited_code_is_never_answered_by_old_runs(fork, tmp_path):
     assert fork(f"{SMALL} --jobs 1").returncode == 0
     before, files = table(out), len(list((out / "runs").iterdir()))
     (out / "runs" / "mine.csv").write_text("a,b\n1,2\n")
+    (out / "runs" / "empty.csv").touch()
     edit(learner, "        tree.tuples.append(tuples)\n",
          "        labels = labels * 0\n        tree.tuples.append(tuples)\n")
     said = fork(f"{SMALL} --jobs 1").stdout
@@ -840,7 +870,7 @@ def test_edited_code_is_never_answered_by_old_runs(fork, tmp_path):
     # changed back, but for a comment: the old numbers, without a run
     edit(learner, "labels = labels * 0", "# done")
     assert fork(f"{SMALL} --jobs 1").returncode == 0
-    assert table(out) == before and len(list((out / "runs").iterdir())) == files + 2
+    assert table(out) == before and len(list((out / "runs").iterdir())) == files + 3
 
 
 def test_a_killed_sweep_two_at_once_and_torchrun_give_the_same_table(fork, tmp_path):
