@@ -150,7 +150,7 @@ def draw_methods(axis, rows, x, ticks, styles, part, unit):
             if sign == "=":
                 ends = [row[f"{part}P50_{end}"] / unit(row) for end in ("lo", "hi")]
                 axis.vlines(xs[-1], *ends, style["color"])
-            elif sign:                              # "?" and what was not run have none
+            elif sign:                              # "?" has none
                 arrow = {"lolims": sign == ">", "uplims": sign == "<", "markerfacecolor": "white"}
                 axis.errorbar(xs[-1], y, 0.4 * y, **style | arrow | {"label": None})
         axis.plot(xs, ys, **style)

@@ -143,9 +143,10 @@ def climb(args, cell, seed, rungs):
         try:
             # the only call of a learner
             g = Grammar.random(*cell[1:5], seed, cell.zipf)
-            rungs[P] = learner.recover(g, P, seed, target=target, device=args.device, **settings)
-            if len(rungs[P]) not in (cell.L - 1, cell.L):
+            found = learner.recover(g, P, seed, target=target, device=args.device, **settings)
+            if len(found) not in (cell.L - 1, cell.L):
                 raise ValueError(f"recover: must return {cell.L - 1} or {cell.L} accuracies")
+            rungs[P] = [round(float(right), 6) for right in found]      # as on disk
         except FloatingPointError as error:                 # a loss was not finite
             rungs[P] = [math.nan] * (cell.L - 1)
             lines.append(f"P={P}: {error}")
@@ -186,36 +187,34 @@ def append(args, cell, P, seed, accuracy, seconds):
 def read_runs(out):
     """All whole runs of today's code: {(Cell, seed): {P: accuracies}}, their rows {(Cell, seed, P):
     [a row for each level]}, and lines that say what is left out."""
-    found, runs, rows, lines, others = [], {}, {}, [], 0
+    found, others, lines = {}, set(), []        # {(Cell, seed, P): {level: row}}
     for path in sorted(Path(out).glob("runs/*.csv")):
         # a spreadsheet may have put a mark before the first column
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader, run = csv.DictReader(file), []
+            reader = csv.DictReader(file)
             if not set(COLUMNS) <= set(reader.fieldnames or []):
                 lines.append(f"{path} is no file of runs, and is ignored")
                 continue
             for row in reader:
-                run.insert(0, row)
-                if row["level"] == "1":         # the seal
-                    found.append(run)
-                    run = []
-    for run in found:
-        row = run[0]
-        try:
-            learner, _, _ = read_method(row["method"])
-            cell = Cell(row["method"], *(int(row[name]) for name in "vsmL"), float(row["zipf"]))
-            seed, P = int(row["seed"]), int(row["P"])
-            right = [float(row["accuracy"]) for row in run]
-        except (TypeError, ValueError):         # cut short, or of a learner that has gone
-            continue
-        # what other code has made stays there, for the day it comes back
-        if row["code"] != code_of(learner):
-            others += 1
-        elif len(run) >= cell.L - 1:
-            runs.setdefault((cell, seed), {})[P] = right
-            rows[cell, seed, P] = run
+                try:
+                    sizes = [int(row[name]) for name in "vsmL"]
+                    cell = Cell(row["method"], *sizes, float(row["zipf"]))
+                    key, level = (cell, int(row["seed"]), int(row["P"])), int(row["level"])
+                    code, _ = code_of(read_method(cell.method)[0]), float(row["accuracy"])
+                except (TypeError, ValueError):     # cut short, or of a learner that has gone
+                    continue
+                # what other code has made stays there, for the day it comes back
+                if row["code"] == code:
+                    found.setdefault(key, {})[level] = row
+                else:
+                    others.add((key, row["code"]))
     if others:
-        lines.append(f"{others} runs in {out} are of other code, and are not used")
+        lines.append(f"{len(others)} runs in {out} are of other code, and are not used")
+    runs, rows = {}, {}
+    for key, levels in found.items():
+        if set(range(1, key[0].L)) <= set(levels):  # not torn
+            rows[key] = [levels[level] for level in sorted(levels)]
+            runs.setdefault(key[:2], {})[key[2]] = [float(row["accuracy"]) for row in rows[key]]
     return runs, rows, lines
 
 
@@ -255,7 +254,7 @@ def slope(points, is_factor):
 
 def table_row(cell, runs, args):
     """One row of samples_vs_depth.csv, and beside it the stars of level L-1 and of the root."""
-    ladders = [rungs for key, rungs in runs.items() if key[0] == cell]
+    ladders = [rungs for key, rungs in runs.items() if rungs and key[0] == cell]
     row = {**cell._asdict(), "seeds": len(ladders), "status": ""}
     for level, name in (cell.L - 1, "P50"), (cell.L, "root_P50"):
         # not every learner reads the root
@@ -285,8 +284,8 @@ s limited by steps, .. not finished, x diverged, - not run: --methods NAME --dep
 
 def cell_text(row, part="P50"):
     """One entry of a printed table, such as 296 [237, 362] or >2048 s."""
-    text = row[part].replace(" ", "")
-    if row[part + "_lo"] and row["seeds"] > 1:
+    text = row.get(part, "").replace(" ", "")   # empty if every seed failed
+    if row.get(part + "_lo") and row["seeds"] > 1:
         text += f" [{row[part + '_lo']}, {row[part + '_hi']}]"
     return text + MARKS.get(row["status"], "") * (part == "P50")
 
@@ -298,7 +297,7 @@ def size_table(size, rows):
     table = [[size, *(f"L={L}" for L in depths), "growth, L", "law"]]
     methods = dict.fromkeys(row["method"] for row in rows)
     for part, method in itertools.product(("P50", "root_P50"), methods):
-        line = {row["L"]: row for row in rows if row["method"] == method and part in row}
+        line = {row["L"]: row for row in rows if row["method"] == method}
         texts = [cell_text(line[L], part) if L in line else "-" for L in depths]
         # at L = 2 the root is the grandparent
         points = [(L, *star) for L in line if L > 2 for star in line[L][part + "_stars"]]
@@ -306,7 +305,7 @@ def size_table(size, rows):
             growth += f", {points[0][0]}..{points[-1][0]}"
         if part == "P50":
             table.append([method, *texts, growth, LAW.get(read_method(method)[1], "")])
-        elif line:                              # the theory has no law for a probe of the root
+        elif any(part in row for row in line.values()):     # a probe of the root has no law
             table.append([method + ", root", *texts, growth, ""])
     # columns of one width
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -333,13 +332,11 @@ def write_tables(args):
     by_size = itertools.groupby(rows, "v={v} s={s} m={m} zipf={zipf:g}".format_map)
     text = [size_table(size.removesuffix(" zipf=0"), list(group)) for size, group in by_size]
     # the exponent of m, where there are several
-    over_m = {}
-    for row in rows:
-        series = over_m.setdefault("{method}, v={v} s={s} L={L} zipf={zipf:g}".format(**row), [])
-        series.extend((math.log(row["m"]), *star) for star in row["P50_stars"])
-    for series, points in over_m.items():
+    series = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format_map
+    for name, group in itertools.groupby(sorted(rows, key=series), series):
+        points = [(math.log(row["m"]), *star) for row in group for star in row["P50_stars"]]
         if exponent := slope(points, is_factor=False):
-            text.append(f"{series}: P* goes with m to the power of {exponent}")
+            text.append(f"{name}: P* goes with m to the power of {exponent}")
     text = "\n\n".join([*text, *lines, LEGEND])
     Path(args.out, "samples_vs_depth.md").write_text(text + "\n", encoding="utf-8")
     return text
@@ -368,7 +365,7 @@ def finished(ladders, args, jobs):
         futures = [pool.submit(climb, args, *ladder) for ladder in ladders]
         try:
             yield from (future.result() for future in as_completed(futures))
-        except KeyboardInterrupt:               # don't wait for runs that will be done again
+        except BaseException:   # Ctrl-C, `| head`: don't wait for runs that will be done again
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -385,20 +382,18 @@ def sweep(cells, args, jobs, rank, world):
     ladders = ladders[rank::world]              # of torchrun
     left = {cell: len(seeds) for cell, seeds in cells.items()}  # climbs still to come
     failures = 0                                # climbs that ended in an error
-    with tqdm(total=len(ladders), unit="seed", disable=rank > 0) as bar:
-        for cell, seed, rungs, lines, failed in finished(ladders, args, jobs):
-            name = f"{cell.method} L={cell.L} m={cell.m}"
-            bar.set_postfix_str(f"{name} seed {seed}", refresh=False)
-            bar.update()
-            failures += failed
-            for line in lines:
-                tqdm.write(f"{name} seed {seed} {line}")
-            # a line of the table as soon as all of its seeds are done
-            runs[cell, seed] = rungs
-            left[cell] -= 1
-            row = table_row(cell, runs, args)
-            if left[cell] == 0 and row["P50_stars"]:        # none if every seed failed
-                tqdm.write(f"{name}: P* = {cell_text(row)}")
+    bar = tqdm(finished(ladders, args, jobs), None, len(ladders), unit="seed", disable=rank > 0)
+    for cell, seed, rungs, lines, failed in bar:
+        name = f"{cell.method} L={cell.L} m={cell.m}"
+        bar.set_postfix_str(f"{name} seed {seed}", refresh=False)
+        failures += failed
+        for line in lines:
+            tqdm.write(f"{name} seed {seed} {line}")
+        # a line of the table as soon as all of its seeds are done
+        runs[cell, seed] = rungs
+        left[cell] -= 1
+        if left[cell] == 0:
+            tqdm.write(f"{name}: P* = {cell_text(table_row(cell, runs, args))}")
     return failures
 
 
@@ -409,7 +404,8 @@ def span(text):
     """An argparse type: 4, or 2..6, or 2,4,6 -> a list of whole numbers, each once."""
     low, dots, high = text.partition("..")
     numbers = range(int(low), int(high) + 1) if dots else map(int, text.split(","))
-    if not (numbers := sorted(set(numbers))):
+    numbers = sorted(set(numbers))
+    if not numbers or numbers[0] < 0:
         raise ValueError
     return numbers
 
@@ -432,6 +428,7 @@ def cells_of(args):
         check_sizes(args.v, args.s, m, L)       # names the flag
         if method == "all" or method not in named and L not in ALL[method]:
             continue
+        learner, _, _ = read_method(method)
         cell = Cell(method, args.v, args.s, m, L, args.zipf)
         try:
             first, last, by_steps = limits(cell, args.max_samples)
@@ -442,7 +439,7 @@ def cells_of(args):
         if first > last:                        # or it would be missing in silence
             flag = "methods" if by_steps else "max-samples"
             raise ValueError(f"{flag}: {method} at m = {m} starts at {first}, the last is {last}")
-        cells[cell] = args.seeds or range(getattr(read_method(method)[0], "SEEDS", 5))
+        cells[cell] = args.seeds or range(getattr(learner, "SEEDS", 5))
     return cells
 
 
@@ -479,8 +476,8 @@ def main():
     rank, world, local_rank = ranks()
     args, cells = read_flags()
     torch.set_num_threads(1)                    # as in a worker: results don't depend on --jobs
-    on_cpu = 1 if world > 1 else os.cpu_count()
-    jobs = args.jobs or (min(on_cpu, 61) if args.device == "cpu" else 4)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = args.jobs or (4 if args.device != "cpu" else min(cores, 61) if world == 1 else 1)
     if world > 1 and args.device == "cuda":     # one GPU a rank, by turns if there are fewer
         args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
     failures = torch.tensor(sweep(cells, args, jobs, rank, world))
