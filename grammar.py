@@ -223,6 +223,11 @@ class Grammar:
         is b | the t-th tuple of level l has the parent a); row a is 0 if a never stands there.
         The paper's targets are an element of a cousin (target_level = l), a token under a cousin
         (0), and the root label (L, n = 0). Raises ValueError, naming what is out of range."""
+        joint = self.joint(l, t, target_level, n)
+        return joint / joint.sum(1, keepdim=True).clamp(min=1e-300)
+
+    def joint(self, l, t, target_level, n):
+        """(v, v) float64: as context, but P(the parent is a, the target is b)."""
         s, L = self.s, self.L
         check_range("l", l, 0, L - 1)
         check_range("t", t, 0, s ** (L - l - 1) - 1)
@@ -237,14 +242,11 @@ class Grammar:
 
         p = self.marginal(c, t // s ** (c - l - 1))
         if c == target_level:                               # the target is an ancestor
-            joint = (p[:, None] * self.descend(c, l + 1, t)).T
-        else:                                               # the two branches share one rule
-            i = t // s ** (c - l - 2) % s
-            j = n // s ** (c - 1 - target_level) % s
-            up, down = self.descend(c - 1, l + 1, t), self.descend(c - 1, target_level, n)
-            joint = up.T @ self.siblings(c, i, j, p) @ down
-        # the clamp keeps the rows of impossible parents at 0
-        return joint / joint.sum(1, keepdim=True).clamp(min=1e-300)
+            return (p[:, None] * self.descend(c, l + 1, t)).T
+        # the two branches share one rule
+        i, j = t // s ** (c - l - 2) % s, n // s ** (c - 1 - target_level) % s
+        up, down = self.descend(c - 1, l + 1, t), self.descend(c - 1, target_level, n)
+        return up.T @ self.siblings(c, i, j, p) @ down
 
     def contrast(self):
         """How far apart parents' contexts are: {target: list}, entry l the root mean square
@@ -264,8 +266,7 @@ class Grammar:
                 for e, n in enumerate(nodes):
                     # all families count in one table, but the root has one for each t
                     place = (t if target == "root" else t % s, e)
-                    joint = self.marginal(l + 1, t)[:, None] * self.context(l, t, level, n)
-                    tables[place] = tables.get(place, 0) + joint
+                    tables[place] = tables.get(place, 0) + self.joint(l, t, level, n)
             tables = torch.stack([*tables.values()])        # (places, v, v)
             times, mean = tables.sum(2, keepdim=True), tables.mean(1, keepdim=True)
             # a parent that never stands there gets the mean
@@ -531,8 +532,11 @@ def read_flags(doc, samples, targets, Config, files=()):
         grammar = Grammar.random(args.v, args.s, args.m, args.depth, args.seed, args.zipf)
         config = Config.of(**settings).sized(args.v, args.s, args.m, args.depth)
         check_range("samples", args.samples, 1, MOST_TOKENS // args.s**args.depth)
-        for flag in files:                                  # fails now, not after the work
-            open(getattr(args, flag) or os.devnull, "ab").close()
+        given = [getattr(args, flag) for flag in files if getattr(args, flag)]
+        if len(set(map(os.path.realpath, given))) < len(given):
+            raise ValueError("resume: must be a file of its own")
+        for file in given:                                  # fails now, not after the work
+            open(file, "ab").close()
     except ValueError as error:
         name, _, reason = str(error).partition(":")
         parser.error(f"argument --{name.replace('_', '-')}:{reason}")
@@ -599,10 +603,12 @@ def open_trace(path, columns):
 
 
 def ranks():
-    """(rank, world size, local rank) as torchrun sets them, (0, 1, 0) without it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:             # Slurm and others set RANK, too
-        return 0, 1, 0
-    return [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    """(rank, world size, local rank) as torchrun sets them, [0, 1, 0] without it."""
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    given = [name in os.environ for name in (*alone, "MASTER_ADDR")]
+    if any(given[:3]) and not all(given):
+        sys.exit("RANK, WORLD_SIZE, LOCAL_RANK: all are set, as by torchrun, or none")
+    return [int(os.environ.get(name, number)) for name, number in alone.items()]
 
 
 def run(main):

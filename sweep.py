@@ -290,12 +290,13 @@ def cell_text(row, part="P50"):
     return text + MARKS.get(row["status"], "") * (part == "P50")
 
 
-def size_table(size, rows):
+def size_table(size, rows, shown):
     """The Markdown table of one size: level L-1 of all methods, a line each, then all their roots.
-    growth: the factor of P* per level, and the depths that it covers."""
+    growth: the factor of P* per level, and the depths that it covers. shown: methods that have a
+    line even if nothing was run."""
     depths = sorted({row["L"] for row in rows})
     table = [[size, *(f"L={L}" for L in depths), "growth, L", "law"]]
-    methods = dict.fromkeys(row["method"] for row in rows)
+    methods = dict.fromkeys([*shown, *(row["method"] for row in rows)])
     for part, method in itertools.product(("P50", "root_P50"), methods):
         line = {row["L"]: row for row in rows if row["method"] == method}
         texts = [cell_text(line[L], part) if L in line else "-" for L in depths]
@@ -329,8 +330,9 @@ def write_tables(args):
             writer.writeheader()
             writer.writerows(content)
 
+    shown = ALL if "all" in args.methods.split(",") else []
     by_size = itertools.groupby(rows, "v={v} s={s} m={m} zipf={zipf:g}".format_map)
-    text = [size_table(size.removesuffix(" zipf=0"), list(group)) for size, group in by_size]
+    text = [size_table(size.removesuffix(" zipf=0"), list(group), shown) for size, group in by_size]
     # the exponent of m, where there are several
     series = "{method}, v={v} s={s} L={L} zipf={zipf:g}".format_map
     for name, group in itertools.groupby(sorted(rows, key=series), series):
@@ -402,12 +404,13 @@ def sweep(cells, args, jobs, rank, world):
 
 def span(text):
     """An argparse type: 4, or 2..6, or 2,4,6 -> a list of whole numbers, each once."""
-    low, dots, high = text.partition("..")
-    numbers = range(int(low), int(high) + 1) if dots else map(int, text.split(","))
-    numbers = sorted(set(numbers))
-    if not numbers or numbers[0] < 0:
+    numbers = set()
+    for part in text.split(","):
+        low, _, high = part.partition("..")     # high is "" for a single number
+        numbers.update(range(int(low), int(high or low) + 1))
+    if not numbers or min(numbers) < 0:
         raise ValueError
-    return numbers
+    return sorted(numbers)
 
 
 def seeds(text):

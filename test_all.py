@@ -34,7 +34,7 @@ from grammar import Grammar, accuracy, tuple_codes
 HERE = os.path.dirname(os.path.abspath(__file__))
 G = Grammar.random(4, 2, 2, 3, seed=0)
 STRINGS = G.sample(10)[0]
-TARGETS = ("latent", "token", "root", "joint")              # of cluster.py, and none of a fork
+TARGETS = cluster.TARGETS[:4]                               # without those of a fork
 TINY = {"width": 16, "hidden": 24, "steps": 3, "batch": 8, "warmup": 1}
 DROPOUT = TINY | {"encoder": "transformer", "dropout": 0.1}
 QUICK = {cluster: {}, predictor: {"steps": 3}, data2vec: DROPOUT}
@@ -306,6 +306,11 @@ def test_contexts_are_shares_and_clusterers_find_the_best_partition():
     inertia = (X - member @ means).square().sum((1, 2))
     assert inertia[-1] < inertia.min() * 1.0001
     assert cluster.kmeans(X[:2], 3, rng, 8).max() == 1      # fewer points than clusters
+    # exact tables of cousin pairs
+    g, p = Grammar.random(8, 2, 3, 3), torch.full((8,), 1 / 8, dtype=torch.float64)
+    parents = torch.stack([g.siblings(2, i, 1 - i, p) for i in range(2)])
+    tables = 1e6 * parents.repeat_interleave(3, 1).repeat_interleave(3, 2)  # of their tuples
+    assert accuracy(cluster.cluster_pairs(tables, 8, rng), torch.arange(24) // 3, 8) == 1
 
 
 # ---- predictor.py ----------------------------------------------------------------------
@@ -607,13 +612,12 @@ def test_recover_and_the_script_score_fit_on_strings_it_did_not_see(learner, cal
     assert found == learner.fit(sample(g, 50, 7)[0], 4, 2, target, 7, **settings).score(g, 7)
     assert len(found) == (2 if learner is cluster else 3)   # the networks' root is read, too
     flags = f"--v 4 --m 2 --samples 50 --seed 7 --device cpu --target {target}"
-    files = "" if learner is cluster else "--trace trace --resume state"
+    files = "" if learner is cluster else "--trace trace"
     _, out, _ = call(f"{learner.__name__} {flags} {as_flags(settings)} {files}")
     for level, right in enumerate(found, 1):
         assert re.search(rf"^ *(level )?{level} .* {right:.3f}", out, re.M)
     if files:
         assert ",4,2,50\n" in open("trace").read()
-        assert call(f"{learner.__name__} {flags} --resume state")[0] == 2       # another run
 
 
 @networks
@@ -639,6 +643,18 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bytes(learner, tmp_path
         fit(lr=1e30)
 
 
+def test_a_killed_script_goes_on_to_the_same_table(fork, call, tmp_path):
+    flags = f"--v 4 --m 2 --depth 2 --samples 50 --device cpu {as_flags(DROPOUT | {'steps': 9})}"
+    edit(tmp_path / "data2vec.py", ", step == config.steps)\n",
+         ", step == 6)\n            os._exit(9) if step == 8 else None\n")
+    assert fork(f"data2vec.py {flags} --resume run").returncode == 9
+    assert torch.load(tmp_path / "run")["step"] == 6
+    tables = [call(f"data2vec {flags} {more}")[1].rpartition("\n\n")[2]
+              for more in ("", "--resume run")]
+    assert tables[0] == tables[1] and "level 2" in tables[0]
+    assert call(f"data2vec {flags} --resume run --seed 1")[0] == 2      # another run
+
+
 def test_the_script_of_the_grammar_shows_a_derivation_and_the_contrast(call):
     _, out, _ = call("grammar --v 4 --m 2")
     drawn = [line.split()[2:] for line in out.splitlines() if re.match("level [0-9]  ", line)]
@@ -662,7 +678,7 @@ BAD_COMMANDS = """
     cluster --restarts 0 | cluster --m two | predictor --trace x --codes 3 | predictor --colour 3
     predictor --ema-decay 2 | data2vec --m 1 | data2vec --preset gpu | data2vec --mask-block 3
     data2vec --preset transformer --width 30 | sweep --methods foo | sweep --depth x | sweep --m 9
-    sweep --methods cluster:positions=here | sweep --seeds 0
+    sweep --methods cluster:positions=here | sweep --seeds 0 | predictor --trace x --resume x
     sweep --device cuda:99 | sweep --methods predictor:steps=1 | sweep --until leaf
     sweep --methods cluster --max-samples 2
 """
@@ -734,7 +750,7 @@ def runs_of(out):
 def flags(**given):
     """What sweep.read_flags returns, for tables made by hand."""
     usual = {"threshold": 0.5, "until": "level", "max_samples": 2**20, "device": "cpu"}
-    return SimpleNamespace(**usual | given)
+    return SimpleNamespace(methods="all", **usual | given)
 
 
 def test_p_star_means_and_growth_are_those_by_hand():
@@ -798,7 +814,7 @@ def test_the_table_says_why_p_star_is_a_bound_and_torn_files_do_no_harm(tmp_path
     assert table(tmp_path, "root_P50")["predictor", 3] == "< 64"
     lines = {line.split(" |")[0].strip(): line for line in text.splitlines()}
     assert ">4096 s" in lines["predictor"] and ">4096 x" in lines["predictor"]
-    assert "1.00, 3..4" in lines["cluster"] and "| - " in lines[cell.method]
+    assert "1.00, 3..4" in lines["cluster"] and lines["cluster-joint"].count("| - ") == 3
     # killed while it wrote the last run; and a spreadsheet put a mark before the first column
     file, (_, rows, _) = tmp_path / "runs" / sweep.OWN_FILE, sweep.read_runs(args.out)
     whole = file.read_bytes()
@@ -806,36 +822,20 @@ def test_the_table_says_why_p_star_is_a_bound_and_torn_files_do_no_harm(tmp_path
     for cut in range(2, len(whole.splitlines()[-1])):
         file.write_bytes(b"\xef\xbb\xbf" + whole[:-cut])
         assert sweep.read_runs(args.out)[1] == rows
-    # rows may come in any order, as in runs.csv
-    file.write_bytes((tmp_path / "runs.csv").read_bytes())
+    file.write_bytes((tmp_path / "runs.csv").read_bytes())          # in another order
     assert sweep.write_tables(args) == text
 
 
-def test_what_is_run_for_which_seeds_and_with_which_grammar(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def ask(flags):
-        monkeypatch.setattr(sys, "argv", ["sweep", *flags.split()])
-        args, cells = sweep.read_flags()
-        return args, {(cell.method, cell.L): [*seeds] for cell, seeds in cells.items()}
-
-    _, cells = ask("--methods all,data2vec,cluster-latent --depth 2..6 --max-samples 8192")
-    assert {L for method, L in cells if method == "predictor"} == {2, 3, 4} and len(cells) == 32
-    assert cells["data2vec", 6] == [0, 1, 2] and cells["cluster", 6] == [0, 1, 2, 3, 4]
-    assert ask("--methods cluster --seeds 2 --depth 3")[1] == {("cluster", 3): [0, 1]}
-    args, cells = ask("--methods cluster --seeds 7..8 --depth 3")
-    assert cells == {("cluster", 3): [7, 8]}
-    # a run has the cell's grammar, and is found again; what diverged is nan
-    cell = sweep.Cell("cluster", 8, 2, 3, 3, 1.5)
-    recover = Mock(side_effect=[[0.0, 0.75], FloatingPointError, [1.0, 0.5], [1.0, 0.5]])
+def test_a_climb_has_the_cells_own_grammar_and_tells_what_failed(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    args, cell = flags(out=tmp_path), sweep.Cell("cluster", 8, 2, 3, 3, 1.5)
+    recover = Mock(side_effect=[[0.0, 0.75], FloatingPointError, [1.0, 0.5], [1.0, 0.5], [1.0]])
     monkeypatch.setattr(cluster, "recover", recover)
     *_, rungs, lines, failed = sweep.climb(args, cell, 7, {})
     assert recover.call_args.args[0].zipf == 1.5 and not failed and lines == ["P=8: "]
-    (again,) = sweep.read_runs("out")[0].items()
+    (again,) = sweep.read_runs(tmp_path)[0].items()
     assert again[0] == (cell, 7) and str(again[1]) == str(rungs) and len(rungs) == 4
-    # a cell of failures alone
-    recover.side_effect = [[1.0]]
-    *_, rungs, lines, failed = sweep.climb(args, cell, 8, {})
+    *_, rungs, lines, failed = sweep.climb(args, cell, 8, {})           # one accuracy is too few
     assert failed and not rungs and "must return 2 or 3 accuracies" in lines[0]
     assert sweep.cell_text(sweep.table_row(cell, {(cell, 8): rungs}, args)) == ""
 
